@@ -1,0 +1,24 @@
+// The Python module fused_transformer.kernels._C: one register_<op>() per op, nothing else.
+
+#include <omp.h>
+#include <pybind11/pybind11.h>
+
+#include "common/isa.h"
+
+namespace py = pybind11;
+
+namespace fused {
+void register_attention(py::module_& m);
+}  // namespace fused
+
+#ifndef FT_CUDA_ARCHS
+#define FT_CUDA_ARCHS ""
+#endif
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Native kernels of fused_transformer. Tensors are addresses, sizes and strides; see csrc/<op>/<op>.h.";
+  m.attr("cuda_archs") = FT_CUDA_ARCHS;  // "" where this build has no CUDA
+  m.def("isa", &fused::cpu::isa_name, "The instruction set the CPU kernels run with.");
+  m.def("cpu_threads", &omp_get_max_threads, "The number of OpenMP threads a kernel may use.");
+  fused::register_attention(m);
+}

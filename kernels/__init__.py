@@ -1,0 +1,14 @@
+"""The fused ops, each behind one public function with interchangeable backends.
+
+Letters used in every signature, docstring and kernel of this package:
+
+    B batch · L query length · S key length · H heads · D head width · E = H·D model width · F feed-forward width
+    V vocabulary · M, N rows and columns of a row-wise op · T tokens of a packed batch
+
+Masks have one meaning on this floor: `keep`, True = attend.
+"""
+
+from fused_transformer.kernels._dispatch import BACKENDS, OPS, use_backend
+from fused_transformer.kernels.attention import attention, attention_weights, attention_with_lse
+
+__all__ = ["BACKENDS", "OPS", "attention", "attention_weights", "attention_with_lse", "use_backend"]

@@ -1,0 +1,57 @@
+"""Argument checks shared by the ops: each error names the argument as the caller wrote it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+def require(condition: bool, message: str) -> None:
+    """ValueError with `message` unless `condition` holds."""
+    if not condition:
+        raise ValueError(message)
+
+
+def require_float(**tensors: Tensor | None) -> None:
+    """Each tensor given is a torch.Tensor of one of the four float types."""
+    for name, x in tensors.items():
+        if x is None:
+            continue
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+        if x.dtype not in FLOATS:
+            dtype = str(x.dtype).removeprefix("torch.")
+            raise ValueError(f"{name} must be float32, float16, bfloat16 or float64, got {dtype}")
+
+
+def require_same(attribute: str, **tensors: Tensor | None) -> None:
+    """All tensors given agree in `attribute` ("dtype" or "device")."""
+    given = {name: getattr(x, attribute) for name, x in tensors.items() if x is not None}
+    if len(set(given.values())) > 1:
+        listed = ", ".join(f"{name}: {str(value).removeprefix('torch.')}" for name, value in given.items())
+        raise ValueError(f"all tensors must have the same {attribute}, got {listed}")
+
+
+def require_shape(name: str, x: Tensor | None, shape: tuple[int, ...]) -> None:
+    """x, if given, has exactly this shape."""
+    if x is not None and tuple(x.shape) != shape:
+        raise ValueError(f"{name} must have shape {shape}, got {tuple(x.shape)}")
+
+
+def require_dropout(dropout_p: float, seed: Tensor | None, device: torch.device) -> None:
+    """dropout_p is a probability, and the seed one int64 number on the tensors' device."""
+    if not 0.0 <= dropout_p <= 1.0:
+        raise ValueError(f"dropout_p must be between 0 and 1, got {dropout_p}")
+    if seed is None:
+        return
+    if not isinstance(seed, Tensor) or seed.dtype != torch.int64 or seed.numel() != 1:
+        raise ValueError("seed must be a torch.int64 tensor with one element")
+    if seed.device != device:
+        raise ValueError(f"seed must be on {device}, as the other tensors are, got {seed.device}")
+
+
+def dense_last(x: Tensor) -> Tensor:
+    """x itself if its last axis is contiguous (the one thing kernels ask of strides), else a copy."""
+    return x if x.shape[-1] <= 1 or x.stride(-1) == 1 else x.contiguous()

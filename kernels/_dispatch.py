@@ -1,0 +1,87 @@
+"""Chooses the backend of an op, and says why the others were not chosen.
+
+A backend of an op is a module beside the op with three names:
+
+    forward(*args)    allocates, launches, returns the outputs and the saved statistics
+    backward(*args)   returns the gradients; absent if the backend is for inference only
+    refuses(*args)    None if it takes the arguments of `forward`, else the reason as one sentence
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from types import ModuleType
+
+BACKENDS = ("cuda", "triton", "cpu", "reference")
+
+_forced: ContextVar[str | None] = ContextVar("forced_backend", default=None)
+
+OPS: dict[str, Op] = {}  # filled as ops are imported; `python -m fused_transformer info` reads it
+
+
+@contextmanager
+def use_backend(name: str | None) -> Iterator[None]:
+    """Run every op inside the block on backend `name`; None gives the choice back to the ops.
+
+    Args:
+        name: "cuda", "triton", "cpu", "reference" or None.
+
+    Raises:
+        ValueError: at once, if there is no backend of that name.
+        NotImplementedError: by an op inside the block, with the reason, where the backend refuses its
+            arguments. Nothing ever falls back to another backend in silence.
+    """
+    if name is not None and name not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)} or None, got {name!r}")
+    token = _forced.set(name)
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+class Op:
+    """The backends of one op in order of preference; the last, "reference", refuses nothing."""
+
+    def __init__(self, package: str, order: tuple[str, ...]):
+        self.name = package.rpartition(".")[2]
+        self.package = package
+        self.order = order
+        # The module, or why it did not import: remembered, because trying again costs 400 µs a call.
+        self._modules: dict[str, ModuleType | str] = {}
+        OPS[self.name] = self
+
+    def module(self, backend: str) -> ModuleType | str:
+        """The backend's module, or the sentence that says why there is none."""
+        found = self._modules.get(backend)
+        if found is None:
+            try:
+                found = importlib.import_module(f".{backend}", self.package)
+            except ImportError as error:
+                missing = f"{self.package}.{backend}"
+                absent = isinstance(error, ModuleNotFoundError) and error.name == missing
+                found = "not written yet" if absent else f"not importable here: {error}"
+            self._modules[backend] = found
+        return found
+
+    def why_not(self, backend: str, *args) -> str | None:
+        """None if `backend` takes these arguments, else why it does not."""
+        if backend not in self.order:
+            return f"{self.name} has no backend of that name"
+        module = self.module(backend)
+        return module if isinstance(module, str) else module.refuses(*args)
+
+    def pick(self, *args) -> ModuleType:
+        """The first backend that takes `args`; the forced one, if there is one, or an error."""
+        forced = _forced.get()
+        reasons = {}
+        for backend in (forced,) if forced else self.order:
+            why = self.why_not(backend, *args)
+            if why is None:
+                return self._modules[backend]  # type: ignore[return-value]
+            reasons[backend] = why
+        lines = "\n".join(f"  {backend}: {why}" for backend, why in reasons.items())
+        raise NotImplementedError(f"{self.name}: no backend takes these arguments\n{lines}")

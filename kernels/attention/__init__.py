@@ -1,0 +1,250 @@
+"""Masked softmax attention: softmax(scale · q kᵀ + bias, masked) v, with every mask form PyTorch users have."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from fused_transformer.kernels._checks import (
+    dense_last,
+    require,
+    require_dropout,
+    require_float,
+    require_same,
+)
+from fused_transformer.kernels._compile import graph_break
+from fused_transformer.kernels._dispatch import Op
+from fused_transformer.kernels._philox import new_seed
+from fused_transformer.kernels.attention.mask import Causal, Mask, make_mask
+
+op = Op(__name__, order=("cuda", "triton", "cpu", "reference"))
+
+
+class _Attention(torch.autograd.Function):
+    """Shared by all backends: they save the same tensors. `bias` is repeated beside `mask` for its gradient."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, bias, mask: Mask, scale: float, dropout_p: float, seed):
+        backend = op.pick(q, k, v, mask, scale, dropout_p, seed)
+        out, lse = backend.forward(q, k, v, mask, scale, dropout_p, seed)
+        # the mask's tensors are saved too, so that changing one in place before backward is an error
+        ctx.save_for_backward(q, k, v, bias, out, lse, seed, mask.keep)
+        ctx.backend, ctx.mask, ctx.scale, ctx.dropout_p = backend, mask, scale, dropout_p
+        ctx.mark_non_differentiable(lse)
+        return out, lse
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dout, _dlse):
+        q, k, v, bias, out, lse, seed, _ = ctx.saved_tensors
+        wants_dbias = bias is not None and ctx.needs_input_grad[3]
+        dq, dk, dv, dbias = ctx.backend.backward(
+            dense_last(dout), q, k, v, out, lse, ctx.mask, ctx.scale, ctx.dropout_p, seed, wants_dbias
+        )
+        return dq, dk, dv, dbias, None, None, None, None
+
+
+class _Weights(torch.autograd.Function):
+    """The probabilities themselves. Differentiable, because losses on attention exist."""
+
+    @staticmethod
+    def forward(ctx, q, k, bias, lse, mask: Mask, scale: float, dropout_p: float, seed):
+        backend = op.pick(q, k, k, mask, scale, dropout_p, seed)
+        weights = backend.weights(q, k, lse, mask, scale, dropout_p, seed)
+        ctx.save_for_backward(q, k, bias, lse, seed)
+        ctx.mask, ctx.scale, ctx.dropout_p = mask, scale, dropout_p
+        return weights
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dweights):
+        # The caller already holds (B, H, L, S) numbers, so nothing is lost by plain torch here.
+        from fused_transformer.kernels.attention import reference
+
+        q, k, bias, lse, seed = ctx.saved_tensors
+        dq, dk, dbias = reference.weights_backward(
+            dweights, q, k, lse, ctx.mask, ctx.scale, ctx.dropout_p, seed, bias is not None and ctx.needs_input_grad[2]
+        )
+        return dq, dk, dbias, None, None, None, None, None
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    keep: Tensor | None = None,
+    bias: Tensor | None = None,
+    causal: Causal = False,
+    window: tuple[int, int] | None = None,
+    k_lengths: Tensor | None = None,
+    q_offsets: Tensor | None = None,
+    k_offsets: Tensor | None = None,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+) -> Tensor:
+    """Masked scaled dot-product attention of each head.
+
+        out = dropout(softmax(scale · q kᵀ + bias, over the keys that are not masked)) v
+
+    Args:
+        q: (B, H, L, D), or packed (T, H, D) with q_offsets. float32, float16, bfloat16 or float64 (reference only);
+            any strides. The fused backends take D from 1 to 256.
+        k, v: (B, H_k, S, D), or packed (T_k, H_k, D); H a multiple of H_k: query head h reads key head
+            h // (H / H_k) (grouped-query attention).
+        keep: bool, True = attend, broadcastable to (B, H, L, S) without being materialised. Note that
+            nn.MultiheadAttention's masks mean the opposite.
+        bias: float, broadcastable to (B, H, L, S), added to the scaled scores; -inf masks. Has a gradient.
+        causal: False; "top_left": query i sees keys j <= i (as in scaled_dot_product_attention); "bottom_right":
+            j <= i + n - L for the row's n keys, so that the last query sees the last key (as in decoding).
+        window: (left, right): key j is seen only if -left <= j - i <= right, with i shifted as `causal` does; -1: no
+            limit.
+        k_lengths: (B,) integers, 0 ... S: keys at and beyond the length are masked, and never read.
+        q_offsets, k_offsets: (B + 1,) int32 or int64 for packed batches: sequence b is q[q_offsets[b]:q_offsets[b+1]].
+            k_offsets defaults to q_offsets. Padded and packed results agree bit for bit.
+        scale: default 1 / √D.
+        dropout_p: probability of zeroing a weight; the others are scaled by 1 / (1 - p).
+        seed: (1,) int64 on q's device; the mask is a function of it alone. Default: drawn from torch's generator.
+
+    Returns:
+        q's shape, dtype and device. A query with nothing to attend to gives 0, with gradients 0.
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not fit; the sentence says which.
+        NotImplementedError: a backend was forced that refuses these arguments.
+
+    Numerics: scores, softmax and sums in float32; error at most twice that of plain torch in the same dtype.
+        NaN or Inf in a masked key or value never reaches the output or a gradient. Deterministic: the same bits
+        on every run, whatever else is in the batch.
+    Source: Vaswani et al. 2017, eq. 1; online softmax after Milakov and Gimelshein 2018, arXiv:1805.02867.
+    """
+    return attention_with_lse(
+        q,
+        k,
+        v,
+        keep=keep,
+        bias=bias,
+        causal=causal,
+        window=window,
+        k_lengths=k_lengths,
+        q_offsets=q_offsets,
+        k_offsets=k_offsets,
+        scale=scale,
+        dropout_p=dropout_p,
+        seed=seed,
+    )[0]
+
+
+@graph_break
+def attention_with_lse(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    keep: Tensor | None = None,
+    bias: Tensor | None = None,
+    causal: Causal = False,
+    window: tuple[int, int] | None = None,
+    k_lengths: Tensor | None = None,
+    q_offsets: Tensor | None = None,
+    k_offsets: Tensor | None = None,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`attention`, and the logarithm of each row's softmax denominator.
+
+        lse = log Σ_j exp(scale · q kⱼ + biasⱼ)        over the keys that are not masked; -inf if there are none
+
+    Returns:
+        out: as `attention`.
+        lse: float32, q's shape without the last axis; not differentiable. `attention_weights` takes it.
+    """
+    q, k, v = _check_tensors(q, k, v, packed=q_offsets is not None)
+    mask = make_mask(
+        q,
+        k,
+        keep=keep,
+        bias=bias,
+        causal=causal,
+        window=window,
+        k_lengths=k_lengths,
+        q_offsets=q_offsets,
+        k_offsets=k_offsets,
+    )
+    require_dropout(dropout_p, seed, q.device)
+    if dropout_p > 0.0 and seed is None:
+        seed = new_seed(q.device)
+    scale = 1.0 / math.sqrt(max(q.shape[-1], 1)) if scale is None else float(scale)
+    return _Attention.apply(q, k, v, mask.bias, mask, scale, float(dropout_p), seed)
+
+
+@graph_break
+def attention_weights(
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor,
+    *,
+    keep: Tensor | None = None,
+    bias: Tensor | None = None,
+    causal: Causal = False,
+    window: tuple[int, int] | None = None,
+    k_lengths: Tensor | None = None,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+) -> Tensor:
+    """The attention probabilities that `attention` used and did not keep.
+
+        weights = dropout(exp(scale · q kᵀ + bias - lse))        0 where masked
+
+    Args:
+        q, k, keep, bias, causal, window, k_lengths, scale, dropout_p, seed: as given to `attention_with_lse`
+            (padded batches only).
+        lse: (B, H, L) float32, as `attention_with_lse` returned it.
+
+    Returns:
+        (B, H, L, S) in q's dtype; differentiable in q, k and bias. Each row sums to 1 (before dropout), or is 0
+        where the row has nothing to attend to.
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not fit, or dropout_p > 0 without the seed of the forward call.
+    """
+    q, k, _ = _check_tensors(q, k, k, packed=False)
+    mask = make_mask(
+        q,
+        k,
+        keep=keep,
+        bias=bias,
+        causal=causal,
+        window=window,
+        k_lengths=k_lengths,
+        q_offsets=None,
+        k_offsets=None,
+    )
+    require(tuple(lse.shape) == tuple(q.shape[:3]), f"lse must have shape {tuple(q.shape[:3])}, got {tuple(lse.shape)}")
+    require_dropout(dropout_p, seed, q.device)
+    require(dropout_p == 0.0 or seed is not None, "attention_weights with dropout needs the seed of the forward call")
+    scale = 1.0 / math.sqrt(max(q.shape[-1], 1)) if scale is None else float(scale)
+    return _Weights.apply(q, k, mask.bias, lse.contiguous(), mask, scale, float(dropout_p), seed)
+
+
+def _check_tensors(q: Tensor, k: Tensor, v: Tensor, *, packed: bool) -> tuple[Tensor, Tensor, Tensor]:
+    require_float(q=q, k=k, v=v)
+    require_same("dtype", q=q, k=k, v=v)
+    require_same("device", q=q, k=k, v=v)
+    axes = "(T, H, D), as q_offsets is given" if packed else "(B, H, L, D)"
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        require(x.dim() == (3 if packed else 4), f"{name} must have shape {axes}, got {tuple(x.shape)}")
+    require(k.shape == v.shape, f"k and v must have the same shape, got {tuple(k.shape)} and {tuple(v.shape)}")
+    require(q.shape[-1] == k.shape[-1], f"q and k must agree in head width, got {q.shape[-1]} and {k.shape[-1]}")
+    require(packed or q.shape[0] == k.shape[0], f"q and k must agree in batch, got {q.shape[0]} and {k.shape[0]}")
+    heads, k_heads = (q.shape[1], k.shape[1])
+    require(
+        k_heads > 0 and heads % k_heads == 0,
+        f"the heads of q must be a multiple of those of k and v, got {heads} and {k_heads}",
+    )
+    return dense_last(q), dense_last(k), dense_last(v)
