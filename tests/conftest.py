@@ -1,0 +1,61 @@
+"""What every test runs under.
+
+- The seed comes from the test's id, so a test draws the same numbers alone, in any order and on any worker.
+- Deterministic algorithms are on; with them torch.empty is filled with NaN (integers: the largest), so that a
+  kernel that leaves an element unwritten can't pass.
+- A test that takes the argument `device` runs on "cpu", and on "cuda" too where there is one (marked gpu, so
+  `-m gpu` runs those alone and `-m "not gpu"` none of them).
+- Skips are counted by reason at the end: a suite that skips everything must not look green.
+
+Helpers: tests/oracle.py compares results, tests/inputs.py makes them. Import both as `from tests.oracle import ...`.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import zlib
+from collections import Counter
+
+import pytest
+import torch
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "gpu: runs on a CUDA device")
+    config.addinivalue_line("markers", "slow: takes more than about ten seconds")
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    # Two threads even on a large machine: enough to go through the parallel code, and tests are small.
+    torch.set_num_threads(max(1, min(2, (os.cpu_count() or 1) // workers)))
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+
+
+def pytest_generate_tests(metafunc):
+    if "device" in metafunc.fixturenames:
+        devices = ["cpu"]
+        if torch.cuda.is_available() or metafunc.config.option.markexpr == "gpu":
+            devices.append(pytest.param("cuda", marks=pytest.mark.gpu))
+        metafunc.parametrize("device", devices)
+
+
+@pytest.fixture(autouse=True)
+def _seed_from_the_test_id(request):
+    on_cuda = "device" in request.fixturenames and request.getfixturevalue("device") == "cuda"
+    if on_cuda and not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    seed = zlib.crc32(request.node.nodeid.encode())
+    random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def pytest_terminal_summary(terminalreporter):
+    reasons = Counter()
+    for report in terminalreporter.stats.get("skipped", []):
+        longrepr = report.longrepr
+        text = longrepr[2] if isinstance(longrepr, tuple) else str(longrepr)
+        reasons[text.removeprefix("Skipped: ")] += 1
+    if reasons:
+        terminalreporter.section("skips by reason")
+        for reason, count in reasons.most_common():
+            terminalreporter.write_line(f"{count:6d}  {reason}")
