@@ -1,57 +1,29 @@
-"""Compiles fused_transformer.kernels._C with the C++ compiler alone: no torch at build time."""
+"""Packages are found on disk, and fused_transformer.kernels._C is compiled by _build/native.py: a new op needs no edit here."""
 
-import os
-import shlex
-import subprocess
-import sysconfig
-from concurrent.futures import ThreadPoolExecutor
+import sys
 from pathlib import Path
 
 from setuptools import Extension, setup
-from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
-X86_FLAGS = {"baseline": [], "avx2": ["-mavx2", "-mfma", "-mf16c"],
-             "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c",
-                        "-mprefer-vector-width=512"]}
+sys.path.insert(0, str(ROOT / "_build"))
+
+from native import BuildNative  # noqa: E402  (found through the line above)
+
+# The import name of each source folder. Never import the folder's own name: that would be a second copy.
+FOLDERS = {"transformer": "fused_transformer", "kernels": "fused_transformer.kernels"}
 
 
-class BuildExt(build_ext):
-    def build_extension(self, ext):
-        import pybind11
-
-        objects = ROOT / "build" / "objects"
-        objects.mkdir(parents=True, exist_ok=True)
-        out = Path(self.get_ext_fullpath(ext.name)).resolve()
-        out.parent.mkdir(parents=True, exist_ok=True)
-        cxx = shlex.split(os.environ.get("CXX", "g++"))
-        flags = ["-std=c++17", "-O3", "-g0", "-fPIC", "-fvisibility=hidden", "-fopenmp", "-Wall", "-Wextra",
-                 "-ffp-contract=fast", "-fno-math-errno", f"-I{pybind11.get_include()}",
-                 f"-I{sysconfig.get_paths()['include']}"]
-        newest = max(p.stat().st_mtime for p in [*(ROOT / "csrc").rglob("*.h"), ROOT / "setup.py"])
-        jobs = []
-        for source in sorted((ROOT / "csrc").rglob("*.cpp")):
-            for isa, isa_flags in X86_FLAGS.items() if source.name.endswith(".simd.cpp") else [("", [])]:
-                stem = ".".join([*source.relative_to(ROOT / "csrc").parts, isa])
-                extra = [f"-DFT_ISA={isa}", *isa_flags] if isa else []
-                jobs.append((source, objects / f"{stem}.o", [*cxx, *flags, *extra]))
-
-        def compile_one(job):
-            source, target, command = job
-            if not target.exists() or target.stat().st_mtime < max(newest, source.stat().st_mtime):
-                print("compiling", target.name, flush=True)
-                subprocess.run([*command, "-c", str(source), "-o", str(target)], check=True)
-
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            list(pool.map(compile_one, jobs))
-        # Baseline objects first: of an inline function that several objects carry, the linker keeps the first.
-        ordered = sorted((str(job[1]) for job in jobs), key=lambda name: "avx" in name)
-        subprocess.run([*cxx, "-shared", "-fopenmp", "-s", *ordered, "-o", str(out)], check=True)
+def packages():
+    for folder, name in FOLDERS.items():
+        for init in sorted((ROOT / folder).rglob("__init__.py")):
+            yield ".".join([name, *init.parent.relative_to(ROOT / folder).parts])
 
 
 setup(
-    packages=["fused_transformer", "fused_transformer.kernels", "fused_transformer.kernels.attention"],
-    package_dir={"fused_transformer": "transformer", "fused_transformer.kernels": "kernels"},
+    packages=list(packages()),
+    package_dir={name: folder for folder, name in FOLDERS.items()},
+    package_data={"fused_transformer": ["py.typed"]},
     ext_modules=[Extension("fused_transformer.kernels._C", [])],
-    cmdclass={"build_ext": BuildExt},
+    cmdclass={"build_ext": BuildNative},
 )

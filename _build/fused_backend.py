@@ -1,0 +1,33 @@
+"""The PEP 517 backend: setuptools', which also asks for NVIDIA's compiler wheels where CUDA is demanded and no
+toolkit is installed. Any other install downloads nothing but setuptools and pybind11.
+"""
+
+from __future__ import annotations
+
+import cuda_toolkit
+import settings
+from setuptools import build_meta
+from setuptools.build_meta import *  # noqa: F403  (the hooks that stay as they are)
+
+# All five pinned to one minor version: left to their own requirements, pip pairs nvcc with a newer nvvm, and ptxas
+# refuses its PTX.
+CUDA_VERSION = "13.0"
+CUDA_WHEELS = [
+    f"nvidia-{name}=={CUDA_VERSION}.*" for name in ("cuda-nvcc", "cuda-crt", "nvvm", "cuda-runtime", "cuda-cccl")
+]
+
+
+def _compiler_wheels() -> list[str]:
+    if settings.cuda_wanted() != "1" or cuda_toolkit.find_toolkit(with_wheels=False) is not None:
+        return []
+    named = cuda_toolkit.searched() if "=" in cuda_toolkit.searched() else None
+    # A CUDA_HOME that holds no toolkit is a mistake to report (the build does), not a reason to download one.
+    return [] if named else CUDA_WHEELS
+
+
+def get_requires_for_build_wheel(config_settings=None):
+    return build_meta.get_requires_for_build_wheel(config_settings) + _compiler_wheels()
+
+
+def get_requires_for_build_editable(config_settings=None):
+    return build_meta.get_requires_for_build_editable(config_settings) + _compiler_wheels()

@@ -1,0 +1,223 @@
+"""Compiles csrc/ into one extension module, with neither torch nor a build system beside setuptools.
+
+Which files, and how often each:
+
+    *.simd.cpp    once per instruction set, with FT_ISA its name (csrc/common/isa.h chooses at run time)
+    bind*.cpp     once; these alone see the headers of Python and pybind11
+    *.cpp         once
+    *.cu          by nvcc, for every architecture asked for
+    *_sm90.cu     by nvcc, for sm_90a alone (wgmma and TMA exist nowhere else); FT_WITH_SM90 says they are there
+
+Objects are kept in build/objects under a hash of all that went into them, so an install after an edit compiles
+what the edit touched.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import cuda_toolkit
+import settings
+from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError, LinkError, PlatformError
+
+ROOT = Path(__file__).resolve().parents[1]
+CSRC = ROOT / "csrc"
+OBJECTS = ROOT / "build" / "objects"
+
+# baseline is what the compiler assumes unasked: SSE2 on x86-64, NEON on aarch64.
+AVX2 = ["-mavx2", "-mfma", "-mf16c"]
+AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
+INSTRUCTION_SETS = {"baseline": [], "avx2": AVX2, "avx512": AVX512}
+
+WARNINGS = ["-Wall", "-Wextra"]
+HOST_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", *WARNINGS]
+CPU_FLAGS = ["-fopenmp", "-ffp-contract=fast", "-fno-math-errno"]
+KEPT_PER_SOURCE = 8  # objects of earlier edits and other flags, before the oldest is deleted
+
+
+@dataclass
+class Job:
+    """One object file: `command` reads `source`; `identity` is what the object depends on beside its text."""
+
+    source: Path
+    label: str  # the instruction set, or ""
+    command: list[str]
+    identity: list[str]
+    target: Path = field(init=False)
+
+    def __post_init__(self) -> None:
+        stem = ".".join(filter(None, [*self.source.relative_to(CSRC).parts, self.label]))
+        digest = hashlib.sha256("\0".join([*self.identity, *texts(self.source)]).encode()).hexdigest()[:16]
+        self.target = OBJECTS / f"{stem}.{digest}.o"
+
+    def run(self) -> None:
+        if self.target.exists():
+            self.target.touch()  # so that it counts as used
+            return
+        print(f"compiling {self.source.relative_to(ROOT)}", f"for {self.label}" if self.label else "", flush=True)
+        part = self.target.with_suffix(f".{os.getpid()}.part.o")
+        if subprocess.run([*self.command, "-c", str(self.source), "-o", str(part)], check=False).returncode:
+            part.unlink(missing_ok=True)
+            raise CompileError(f"{self.source.relative_to(ROOT)} did not compile")
+        part.replace(self.target)  # whole or not at all
+
+
+def texts(source: Path) -> list[str]:
+    """The text of a source and of every file of csrc that it includes, directly or not."""
+    seen: dict[Path, str] = {}
+    todo = [source]
+    while todo:
+        path = todo.pop()
+        if path in seen:
+            continue
+        seen[path] = path.read_text(encoding="utf-8")
+        for name in re.findall(r'^\s*#\s*include\s*"([^"]+)"', seen[path], re.MULTILINE):
+            todo += [found for found in ((path.parent / name).resolve(), CSRC / name) if found.is_file()]
+    return [f"{path.relative_to(CSRC)}\n{seen[path]}" for path in sorted(seen)]
+
+
+def version_of(compiler: list[str]) -> str:
+    """The first line of the compiler's --version; an error that says what to do where there is none."""
+    if shutil.which(compiler[0]) is None:
+        raise PlatformError(f"a C++17 compiler is needed and {compiler[0]!r} was not found: install g++, or set CXX")
+    done = subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=False)
+    return (done.stdout.splitlines() or ["unknown version"])[0]
+
+
+class BuildNative(build_ext):
+    """build_ext that makes csrc/ into the one extension of this package."""
+
+    def build_extension(self, ext) -> None:
+        if sys.platform != "linux":
+            raise PlatformError(f"fused-transformer compiles on Linux (x86-64 and aarch64), not on {sys.platform}")
+        self.compiler_command = shlex.split(os.environ.get("CXX", "")) or ["g++"]
+        self.compiler_version = version_of(self.compiler_command)
+        self.toolkit = self._toolkit()
+        self.archs = settings.cuda_archs() if self.toolkit else []
+        OBJECTS.mkdir(parents=True, exist_ok=True)
+
+        jobs = [*self._cpu_jobs(), *self._cuda_jobs()]
+        self._say_plan()
+        with ThreadPoolExecutor(settings.max_jobs()) as pool:
+            list(pool.map(Job.run, jobs))
+        output = Path(self.get_ext_fullpath(ext.name)).resolve()
+        self._link(jobs, output)
+        self._prune(jobs)
+        print(f"linked {output.name}, {output.stat().st_size / 1e6:.2f} MB", flush=True)
+
+    def get_source_files(self) -> list[str]:
+        return []  # csrc enters the sdist through MANIFEST.in
+
+    def _toolkit(self) -> cuda_toolkit.Toolkit | None:
+        wanted = settings.cuda_wanted()
+        if wanted == "0":
+            return None
+        toolkit = cuda_toolkit.find_toolkit()
+        if toolkit is None and wanted == "1":
+            raise PlatformError(
+                "FUSED_TRANSFORMER_CUDA=1, but no CUDA toolkit (nvcc, cuda_runtime_api.h and libcudart_static.a) was "
+                f"found; searched: {cuda_toolkit.searched()}. Set CUDA_HOME to one, or install without "
+                "--no-build-isolation and with CUDA_HOME unset: then nvcc is fetched as a wheel."
+            )
+        return toolkit
+
+    def _cpu_jobs(self) -> Iterator[Job]:
+        import pybind11
+
+        x86 = self._machine() in ("x86_64", "amd64")
+        instruction_sets = INSTRUCTION_SETS if x86 else {"baseline": []}
+        self.instruction_sets = list(instruction_sets)
+        user = shlex.split(os.environ.get("CXXFLAGS", ""))
+        flags = [*HOST_FLAGS, *CPU_FLAGS, *user]
+        cuda = [f'-DFT_CUDA_ARCHS="{";".join(self.archs)}"', "-DFUSED_WITH_CUDA"] if self.toolkit else []
+        cuda += ["-DFT_WITH_SM90"] if "sm_90a" in self.archs else []
+        for source in sorted(CSRC.rglob("*.cpp")):
+            if source.name.endswith(".simd.cpp"):
+                for name, isa_flags in instruction_sets.items():
+                    yield self._cpu_job(source, name, [*flags, f"-DFT_ISA={name}", *isa_flags])
+            elif source.name.startswith("bind"):
+                # Their folders may be those of a build environment that is gone tomorrow: versions stand for them.
+                versions = [f"pybind11 {pybind11.__version__}", f"Python {sys.version} {sysconfig.get_platform()}"]
+                folders = [pybind11.get_include(), sysconfig.get_paths()["include"]]
+                yield self._cpu_job(source, "", [*flags, *cuda], versions, folders)
+            else:
+                yield self._cpu_job(source, "", [*flags, *cuda])
+
+    def _cpu_job(self, source: Path, label: str, flags: list[str], versions=(), folders=()) -> Job:
+        paths = [f"-I{CSRC}", *(f"-isystem{folder}" for folder in folders)]
+        if self.toolkit and not label:
+            paths.append(f"-isystem{self.toolkit.include}")
+            versions = [*versions, f"CUDA {self.toolkit.version}"]
+        identity = [*self.compiler_command, self.compiler_version, *flags, *versions]
+        return Job(source, label, [*self.compiler_command, *flags, *paths], identity)
+
+    def _cuda_jobs(self) -> Iterator[Job]:
+        if self.toolkit is None:
+            return
+        user = shlex.split(os.environ.get("NVCCFLAGS", ""))
+        host = ",".join(flag for flag in HOST_FLAGS if flag.startswith("-f"))
+        flags = ["-std=c++17", "-O3", "--threads=1", f"-ccbin={self.compiler_command[0]}", f"-Xcompiler={host}", *user]
+        flags += ["-DFUSED_WITH_CUDA"]
+        for source in sorted(CSRC.rglob("*.cu")):
+            archs = [a for a in self.archs if a == "sm_90a"] if source.stem.endswith("_sm90") else self.archs
+            if archs:
+                arch_flags = [f"-gencode=arch=compute_{a.partition('_')[2]},code={a}" for a in archs]
+                identity = [self.toolkit.version, self.compiler_version, *flags, *arch_flags]
+                command = [str(self.toolkit.nvcc), *flags, *arch_flags, f"-I{CSRC}"]
+                yield Job(source, "", command, identity)
+
+    def _link(self, jobs: list[Job], output: Path) -> None:
+        # Baseline objects first: of an inline function that several objects carry the linker keeps the first, and
+        # one compiled with AVX flags must not be the one that a processor without AVX runs.
+        objects = [str(job.target) for job in sorted(jobs, key=lambda job: job.label.startswith("avx"))]
+        user = shlex.split(os.environ.get("LDFLAGS", ""))
+        command = [*self.compiler_command, "-shared", "-fopenmp", *user, *objects]
+        if "-g" not in shlex.split(os.environ.get("CXXFLAGS", "")):
+            command.append("-s")
+        if self.toolkit:
+            # By g++ and with the static runtime's full path: nvcc's own link line looks for a lib64 that the
+            # wheels do not have. Its symbols stay inside, since torch may bring another cudart.
+            command += [str(self.toolkit.cudart), "-ldl", "-lrt", "-lpthread"]
+        output.parent.mkdir(parents=True, exist_ok=True)
+        # A new file, not the old one rewritten: a process that has the old one loaded keeps it.
+        part = output.with_name(f"{output.name}.{os.getpid()}.part")
+        if subprocess.run([*command, "-Wl,--exclude-libs,ALL", "-o", str(part)], check=False).returncode:
+            part.unlink(missing_ok=True)
+            raise LinkError(f"{output.name} did not link")
+        part.replace(output)
+
+    def _prune(self, jobs: list[Job]) -> None:
+        for job in jobs:
+            stem = job.target.name.rsplit(".", 2)[0]
+            kept = sorted(OBJECTS.glob(f"{stem}.{'?' * 16}.o"), key=lambda path: path.stat().st_mtime, reverse=True)
+            for old in kept[KEPT_PER_SOURCE:]:
+                old.unlink(missing_ok=True)
+
+    def _machine(self) -> str:
+        # The compiler's target, not this machine: CXX may be a cross compiler.
+        done = subprocess.run([*self.compiler_command, "-dumpmachine"], capture_output=True, text=True, check=False)
+        return (done.stdout.strip().partition("-")[0] or platform.machine()).lower()
+
+    def _say_plan(self) -> None:
+        print(f"fused-transformer: CPU kernels for {', '.join(self.instruction_sets)} with {self.compiler_version}")
+        if self.toolkit:
+            print(f"fused-transformer: CUDA kernels for {', '.join(self.archs)} with nvcc {self.toolkit.version}")
+        elif settings.cuda_wanted() == "0":
+            print("fused-transformer: no CUDA kernels, as FUSED_TRANSFORMER_CUDA=0 asks")
+        else:
+            print("fused-transformer: NO CUDA KERNELS: no toolkit found in", cuda_toolkit.searched())
+            print("fused-transformer: FUSED_TRANSFORMER_CUDA=1 demands them, and fetches nvcc if need be")
+        sys.stdout.flush()
