@@ -146,7 +146,7 @@ def lesser_isas() -> tuple[str, ...]:
 
 
 def run_tests_with_isa(isa: str, *pytest_args: str) -> None:
-    """Run tests again in a process whose CPU kernels use `isa`: run_tests_with_isa("avx2", __file__, "-k", "matches")."""
+    """Run tests again where the CPU kernels use `isa`: run_tests_with_isa("avx2", __file__, "-k", "matches")."""
     environment = {**os.environ, "FUSED_TRANSFORMER_ISA": isa, "PYTEST_ADDOPTS": ""}
     for name in [name for name in environment if name.startswith("PYTEST_XDIST")]:
         del environment[name]

@@ -147,7 +147,8 @@ def _problem(got: Tensor, exact: Tensor, naive: Tensor, factor: float, ulps: flo
     if not bool(same.all()):
         where = _index(~same)
         count = int((~same).sum())
-        return f"not finite exactly where it should be, {count} times; first at {where}: got {got[where]}, exact {exact[where]}"
+        values = f"got {got[where]}, exact {exact[where]}"
+        return f"not finite exactly where it should be, {count} times; first at {where}: {values}"
     if not bool(finite.any()):
         return None
     error = torch.where(finite, (got - exact).abs(), 0)
