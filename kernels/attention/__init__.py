@@ -161,7 +161,8 @@ def attention_with_lse(
 
     Returns:
         out: as `attention`.
-        lse: float32, q's shape without the last axis; not differentiable. `attention_weights` takes it.
+        lse: float32 (float64 for float64 inputs), q's shape without the last axis; not differentiable.
+            `attention_weights` takes it.
     """
     q, k, v = _check_tensors(q, k, v, packed=q_offsets is not None)
     mask = make_mask(
@@ -204,7 +205,7 @@ def attention_weights(
     Args:
         q, k, keep, bias, causal, window, k_lengths, scale, dropout_p, seed: as given to `attention_with_lse`
             (padded batches only).
-        lse: (B, H, L) float32, as `attention_with_lse` returned it.
+        lse: (B, H, L), as `attention_with_lse` returned it.
 
     Returns:
         (B, H, L, S) in q's dtype; differentiable in q, k and bias. Each row sums to 1 (before dropout), or is 0

@@ -29,7 +29,7 @@ def forward(q, k, v, mask: Mask, scale, dropout_p, seed):
     weights = _probabilities(scores, lse)
     if dropout_p > 0.0:
         weights = weights * _dropout_factor(weights, dropout_p, seed)
-    return _weighted_sum(weights, v, scores > -torch.inf), lse.float()
+    return _weighted_sum(weights, v, scores > -torch.inf), lse
 
 
 def backward(dout, q, k, v, out, lse, mask: Mask, scale, dropout_p, seed, wants_dbias):
