@@ -19,9 +19,10 @@ struct PhiloxWords {
 FT_INLINE void multiply_wide(UVec x, uint32_t factor, UVec& low, UVec& high) {
 #if defined(__AVX512F__)
   const __m512i a = (__m512i)x, m = _mm512_set1_epi32(int(factor));
-  const __m512i even = _mm512_mul_epu32(a, m), odd = _mm512_mul_epu32(_mm512_srli_epi64(a, 32), m);
-  low = (UVec)_mm512_mask_mov_epi32(even, 0xaaaa, _mm512_slli_epi64(odd, 32));
-  high = (UVec)_mm512_mask_mov_epi32(_mm512_srli_epi64(even, 32), 0xaaaa, odd);
+  const __m512i even = _mm512_maskz_mul_epu32(0xff, a, m),
+                odd = _mm512_maskz_mul_epu32(0xff, _mm512_maskz_srli_epi64(0xff, a, 32), m);
+  low = (UVec)_mm512_mask_mov_epi32(even, 0xaaaa, _mm512_maskz_slli_epi64(0xff, odd, 32));
+  high = (UVec)_mm512_mask_mov_epi32(_mm512_maskz_srli_epi64(0xff, even, 32), 0xaaaa, odd);
 #elif defined(__AVX2__)
   const __m256i a = (__m256i)x, m = _mm256_set1_epi32(int(factor));
   const __m256i even = _mm256_mul_epu32(a, m), odd = _mm256_mul_epu32(_mm256_srli_epi64(a, 32), m);

@@ -46,7 +46,7 @@ FT_INLINE Vec as_float(IVec x) { return (Vec)x; }
 FT_INLINE Vec to_float(IVec x) { return __builtin_convertvector(x, Vec); }
 
 // 0, 1, 2 ... one a lane
-FT_INLINE IVec lanes() {
+FT_INLINE IVec lanes_index() {
   IVec v{};
   for (int i = 0; i < kWidth; ++i) v[i] = i;
   return v;
@@ -140,7 +140,8 @@ FT_INLINE void store(bf16* p, Vec v) {
 
 FT_INLINE Vec load(const f16* p) {
 #if defined(__AVX512F__)
-  return (Vec)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  // The maskz forms of these intrinsics: GCC 12's plain ones read an undefined register and warn about it.
+  return (Vec)_mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 #elif defined(__AVX2__)
   return (Vec)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 #elif defined(__aarch64__)
@@ -153,7 +154,8 @@ FT_INLINE Vec load(const f16* p) {
 }
 FT_INLINE void store(f16* p, Vec v) {
 #if defined(__AVX512F__)
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                      _mm512_maskz_cvtps_ph(0xffff, (__m512)v, _MM_FROUND_TO_NEAREST_INT));
 #elif defined(__AVX2__)
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
 #elif defined(__aarch64__)
@@ -214,7 +216,7 @@ FT_INLINE Vec exp(Vec x) {
   const Vec low = splat(-87.4f), high = splat(88.73f);
   const Vec clamped = x < low ? low : (x > high ? high : x);
 #if defined(__AVX512F__)
-  const Vec n = (Vec)_mm512_roundscale_ps((__m512)(clamped * splat(1.44269504f)), 0);
+  const Vec n = (Vec)_mm512_maskz_roundscale_ps(0xffff, (__m512)(clamped * splat(1.44269504f)), 0);
 #else
   const Vec n = round_nearest(clamped * splat(1.44269504f));
 #endif
@@ -228,7 +230,7 @@ FT_INLINE Vec exp(Vec x) {
   p = p * r + splat(5.0000001201e-1f);
   p = p * (r * r) + r + splat(1.0f);
 #if defined(__AVX512F__)
-  Vec out = (Vec)_mm512_scalef_ps((__m512)p, (__m512)n);
+  Vec out = (Vec)_mm512_maskz_scalef_ps(0xffff, (__m512)p, (__m512)n);
 #else
   // 2^n in two halves, so that n = 128 overflows only in the last product
   const IVec whole = __builtin_convertvector(n, IVec), first = whole >> 1, second = whole - first;
