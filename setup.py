@@ -1,4 +1,4 @@
-"""Packages are found on disk and _build/native.py compiles fused_transformer.kernels._C: a new op needs no edit here."""
+"""Packages are found on disk, _build/native.py compiles fused_transformer.kernels._C: a new op needs no edit here."""
 
 import sys
 from pathlib import Path
