@@ -1,0 +1,58 @@
+# make help lists the targets. test and bench need nothing but Python >= 3.10, a C++17 compiler and a package index.
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+PIP_QUIET := --quiet --disable-pip-version-check
+SOURCES := $(shell find csrc _build -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.cuh' -o -name '*.py')
+CXX_FILES = $(shell find csrc tests -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.cuh')
+export PYTHONDONTWRITEBYTECODE :=
+
+.PHONY: help install test bench lint format gpu sanitize clean
+
+help:  ## this list
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## */\1\t/' | expand -t 12
+
+install: $(VENV)/.native  ## a virtual environment in .venv with the package, compiled and editable
+
+test: $(VENV)/.native  ## every test that needs no GPU
+	$(RUN) -m pytest -m "not gpu"
+
+bench: $(VENV)/.native  ## this package beside what one would use instead, on this machine; ends with a table of ratios
+	$(RUN) -m bench
+
+lint: $(VENV)/.tools  ## style, format and types
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/clang-format --dry-run -Werror $(CXX_FILES)
+	$(RUN) _build/typecheck.py
+
+format: $(VENV)/.tools  ## rewrite what lint would complain of
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+	$(VENV)/bin/clang-format -i $(CXX_FILES)
+
+gpu:  ## on a machine with a GPU, without network and into the current Python: GPU tests, then GPU benchmarks
+	FUSED_TRANSFORMER_CUDA=1 $(PYTHON) -m pip install --no-index --no-build-isolation --no-deps -v -e .
+	$(PYTHON) -m fused_transformer info
+	$(PYTHON) -m pytest -m gpu
+	$(PYTHON) -m bench --device cuda
+	@if [ -n "$$OUT" ]; then cp -r bench/results "$$OUT"; fi
+
+sanitize: $(VENV)/.native  ## the CPU kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer
+	sh _build/sanitize.sh $(RUN)
+
+clean:  ## all that make made
+	rm -rf $(VENV) build dist *.egg-info kernels/_C.*.so .pytest_cache .mypy_cache .ruff_cache
+
+# Stamps: a second run does only what an edit made necessary.
+$(VENV)/.tools: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or later is needed: make PYTHON=...")'
+	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install $(PIP_QUIET) -c constraints.txt torch "setuptools>=77" "pybind11>=2.13"
+	$(RUN) -m pip install $(PIP_QUIET) -c constraints.txt --no-build-isolation -e ".[dev]"
+	touch $@
+
+$(VENV)/.native: $(VENV)/.tools setup.py $(SOURCES)
+	$(RUN) -m pip install $(PIP_QUIET) --no-build-isolation --no-deps -e .
+	$(RUN) -m fused_transformer info
+	touch $@

@@ -1,0 +1,47 @@
+"""`python -m fused_transformer info | train | translate`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+# Each command is the function main(arguments) of a module, imported when asked for: `info` must work where the
+# libraries of the others are missing.
+COMMANDS = {
+    "info": ("info", "versions, device, and which backends each op has here"),
+    "train": ("cli_train", "train a translation model on two parallel text files"),
+    "translate": ("cli_translate", "translate text, line by line"),
+}
+TEXT_LIBRARIES = ("sacrebleu", "safetensors", "sentencepiece", "tqdm")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; what it returns is the exit status."""
+    width = max(map(len, COMMANDS))
+    parser = argparse.ArgumentParser(
+        prog="python -m fused_transformer",
+        description="The Transformer with fused kernels.",
+        epilog="commands:\n" + "\n".join(f"  {name:{width}}  {what}" for name, (_, what) in COMMANDS.items()),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("command", choices=COMMANDS, metavar="command", help="one of those below; each has its --help")
+    parser.add_argument("rest", nargs=argparse.REMAINDER, metavar="...", help="the command's own arguments")
+    parsed = parser.parse_args(arguments)
+    module, _ = COMMANDS[parsed.command]
+    try:
+        return import_module(f"fused_transformer.{module}").main(parsed.rest) or 0
+    except ModuleNotFoundError as error:
+        missing = (error.name or "").partition(".")[0]
+        if missing not in TEXT_LIBRARIES:
+            raise
+        print(
+            f"{parsed.command} needs {missing}, which is not installed: pip install 'fused-transformer[text]'",
+            file=sys.stderr,
+        )
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
