@@ -1,1 +1,26 @@
 """The Transformer with fused kernels."""
+
+from importlib.metadata import version
+
+from fused_transformer.attention import MultiheadAttention
+from fused_transformer.config import TransformerConfig
+from fused_transformer.embedding import TokenEmbedding
+from fused_transformer.feed_forward import FeedForward
+from fused_transformer.layers import AddLayerNorm, DecoderLayer, EncoderLayer
+from fused_transformer.model import Decoder, Encoder, Transformer
+
+__version__ = version("fused-transformer")
+
+__all__ = [
+    "AddLayerNorm",
+    "Decoder",
+    "DecoderLayer",
+    "Encoder",
+    "EncoderLayer",
+    "FeedForward",
+    "MultiheadAttention",
+    "TokenEmbedding",
+    "Transformer",
+    "TransformerConfig",
+    "__version__",
+]

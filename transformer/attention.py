@@ -1,0 +1,231 @@
+"""Multi-head attention: torch.nn.MultiheadAttention's constructor, forward and state_dict over the fused kernel."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fused_transformer.kernels import attention, attention_weights, attention_with_lse
+from fused_transformer.kernels._philox import new_seed
+from fused_transformer.masks import MultiheadAttentionError, attention_masks, check_masks
+
+
+def _no_op(module: nn.Module, args: tuple) -> None:
+    """See MultiheadAttention.__init__."""
+
+
+class MultiheadAttention(nn.MultiheadAttention):
+    """Drop-in for torch.nn.MultiheadAttention.
+
+        head_h = softmax(q_h k_hᵀ / √D, masked) v_h     q_h = query W_hᵠ + b_hᵠ, likewise k_h from key, v_h from value
+        out = concat(head_1 ... head_H) Wᴼ + bᴼ
+
+    Constructor, parameters, their initial values and state_dict are torch.nn's, so weights go both ways. What differs:
+
+    - A query with nothing to attend to gets out_proj.bias (its heads' outputs are 0) and weights of 0, with gradients
+      0, in every mode; torch gives NaN in most. NaN in a masked key or value reaches nothing.
+    - is_causal=True works without attn_mask. Given both, a query attends to what both allow.
+    - need_weights=True stays on the fused path: the weights are computed after it, from its softmax statistics.
+    - out_proj is called as a module, so hooks, pruning and adapters on it take effect.
+    - train, eval and no_grad run the same kernel. torch's own fast path is never taken, not even inside
+      nn.TransformerEncoderLayer, where it would pass this class by.
+    - `key_lengths` beside torch's arguments: (B,) integers, the number of real keys of each sequence. On a GPU it is
+      better than key_padding_mask, since the kernel need not read what lies beyond. (On a CPU the module finds out by
+      itself that a mask is padding on the right.)
+
+    Args: as torch.nn.MultiheadAttention.
+
+    Raises:
+        ValueError: embed_dim or num_heads below 1, shapes or masks that do not fit (then also an AssertionError and a
+            RuntimeError, for callers who expect torch's).
+        AssertionError: embed_dim not divisible by num_heads.
+
+    Source: Vaswani et al. 2017, section 3.2.2.
+    """
+
+    def __init__(
+        self,
+        embed_dim,
+        num_heads,
+        dropout=0.0,
+        bias=True,
+        add_bias_kv=False,
+        add_zero_attn=False,
+        kdim=None,
+        vdim=None,
+        batch_first=False,
+        device=None,
+        dtype=None,
+    ) -> None:
+        super().__init__(
+            embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim, batch_first, device, dtype
+        )
+        # In eval mode nn.TransformerEncoderLayer reads self_attn's weights and never calls it, unless a submodule has
+        # a hook: so this one has, and it does nothing.
+        self.register_forward_pre_hook(_no_op)
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+        *,
+        key_lengths: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attends from each query to the keys that no mask hides.
+
+        Args:
+            query: (N, L, E) if batch_first, else (L, N, E); unbatched (L, E) in both cases.
+            key, value: (N, S, kdim) and (N, S, vdim), or in query's order of axes.
+            key_padding_mask: (N, S), unbatched (S). bool: True = ignore this key. float: added to its scores.
+            need_weights: return the weights too.
+            attn_mask: (L, S) or (N·H, L, S). bool: True = ignore. float: added to the scores; has a gradient.
+            average_attn_weights: the mean over the heads instead of each head's weights.
+            is_causal: query i sees keys 0 ... i only.
+            key_lengths: (N,) integers: keys at and beyond the length are ignored. Batched inputs only.
+
+        Returns:
+            out: query's shape.
+            weights: (N, L, S), or (N, H, L, S) if not averaged, without N if unbatched; after dropout, as torch's. One
+                key more each for add_bias_kv and add_zero_attn. None if not need_weights.
+        """
+        if query.is_nested or key.is_nested or value.is_nested:
+            return self._forward_nested(query, key, value, key_padding_mask, need_weights, attn_mask, is_causal)
+        batched = self._check(query, key, value, key_padding_mask, attn_mask, key_lengths)
+        if not batched and key_padding_mask is not None:
+            key_padding_mask = key_padding_mask[None]
+
+        q, k, v = self.project(query, key, value)
+        masks = attention_masks(
+            *q.shape[:3],
+            k.shape[2],
+            key_padding_mask=key_padding_mask,
+            attn_mask=attn_mask,
+            is_causal=is_causal,
+            key_lengths=key_lengths,
+            added_keys=(self.bias_k is not None) + self.add_zero_attn,
+            device=q.device,
+        )
+        k, v = self._with_added_keys(k, self.bias_k), self._with_added_keys(v, self.bias_v)
+
+        if self.training and self.dropout > 0.0:
+            masks |= {"dropout_p": self.dropout, "seed": new_seed(q.device)}  # one seed: weights and out agree
+        if not need_weights:
+            return self.merge(attention(q, k, v, **masks), batched), None
+        heads, lse = attention_with_lse(q, k, v, **masks)
+        weights = attention_weights(q, k, lse, **masks)
+        if average_attn_weights:
+            weights = weights.mean(dim=1)
+        return self.merge(heads, batched), weights if batched else weights[0]
+
+    # ------------------------------------------------------------ its parts, which cached decoding calls one by one
+
+    def project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The heads' queries, keys and values: (N, H, L, D), (N, H, S, D) twice. Inputs as `forward` takes them."""
+        if query is key and key is value and self.in_proj_weight is not None:  # one product instead of three
+            q, k, v = F.linear(query, self.in_proj_weight, self.in_proj_bias).chunk(3, dim=-1)
+            return self._split_heads(q), self._split_heads(k), self._split_heads(v)
+        return self.project_query(query), *self.project_keys(key, value)
+
+    def project_query(self, query: Tensor) -> Tensor:
+        """The heads' queries, (N, H, L, D)."""
+        weight, bias = self._in_projections()[0]
+        return self._split_heads(F.linear(query, weight, bias))
+
+    def project_keys(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """The heads' keys and values, (N, H, S, D) each."""
+        if key is value and self.in_proj_weight is not None:
+            bias = None if self.in_proj_bias is None else self.in_proj_bias[self.embed_dim :]
+            k, v = F.linear(key, self.in_proj_weight[self.embed_dim :], bias).chunk(2, dim=-1)
+        else:
+            _, (weight_k, bias_k), (weight_v, bias_v) = self._in_projections()
+            k, v = F.linear(key, weight_k, bias_k), F.linear(value, weight_v, bias_v)
+        return self._split_heads(k), self._split_heads(v)
+
+    def merge(self, heads: Tensor, batched: bool = True) -> Tensor:
+        """(N, H, L, D) to what `forward` returns: the heads side by side, through out_proj."""
+        if not batched:
+            return self.out_proj(heads[0].transpose(0, 1).flatten(1))
+        axes = (0, 2, 1, 3) if self.batch_first else (2, 0, 1, 3)
+        return self.out_proj(heads.permute(axes).flatten(2))
+
+    def _in_projections(self) -> list[tuple[Tensor, Tensor | None]]:
+        """(weight, bias) of q, k and v."""
+        if self.in_proj_weight is not None:
+            weights = self.in_proj_weight.chunk(3)
+        else:
+            weights = self.q_proj_weight, self.k_proj_weight, self.v_proj_weight
+        biases = (None, None, None) if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
+        return list(zip(weights, biases, strict=True))
+
+    def _split_heads(self, x: Tensor) -> Tensor:
+        """`forward`'s axes to (N, H, L, D), without a copy."""
+        x = x.unflatten(-1, (self.num_heads, self.head_dim))
+        if x.dim() == 3:
+            return x.transpose(0, 1)[None]
+        return x.permute((0, 2, 1, 3) if self.batch_first else (1, 2, 0, 3))
+
+    def _with_added_keys(self, x: Tensor, learned: Tensor | None) -> Tensor:
+        """Keys or values (N, H, S, D) with bias_k or bias_v and a zero appended, where the constructor asked for it."""
+        extra = []
+        if learned is not None:
+            extra.append(learned.to(x.dtype).view(1, self.num_heads, 1, self.head_dim).expand(x.shape[0], -1, -1, -1))
+        if self.add_zero_attn:
+            extra.append(x.new_zeros(*x.shape[:2], 1, self.head_dim))
+        return torch.cat([x, *extra], dim=2) if extra else x
+
+    def _forward_nested(self, query, key, value, key_padding_mask, need_weights, attn_mask, is_causal):
+        """Strided nested tensors: what nn.TransformerEncoder makes of a padded batch in eval mode."""
+        plain = query is key and key is value and key_padding_mask is None and attn_mask is None
+        if not plain or need_weights or query.layout != torch.strided or not self.batch_first:
+            raise MultiheadAttentionError(
+                "nested tensors are supported for self-attention with batch_first=True and need_weights=False, in the "
+                "strided layout and without masks; pass a padded tensor and key_padding_mask or key_lengths instead"
+            )
+        lengths = torch.tensor([len(sequence) for sequence in query.unbind()], device=query.device)
+        padded = query.to_padded_tensor(0.0)
+        out, _ = self.forward(padded, padded, padded, need_weights=False, is_causal=is_causal, key_lengths=lengths)
+        return torch.nested.as_nested_tensor([row[:n] for row, n in zip(out, lengths.tolist(), strict=True)]), None
+
+    # ------------------------------------------------------------ checks, in torch.nn's words
+
+    def _check(self, query, key, value, key_padding_mask, attn_mask, key_lengths) -> bool:
+        """Whether the inputs are batched; an error where anything does not fit."""
+        if query.dim() not in (2, 3):
+            raise MultiheadAttentionError(
+                f"query should be unbatched 2D or batched 3D tensor but received {query.dim()}-D query tensor"
+            )
+        batched = query.dim() == 3
+        which = "For batched (3-D) `query`" if batched else "For unbatched (2-D) `query`"
+        if key.dim() != query.dim() or value.dim() != query.dim():
+            raise MultiheadAttentionError(
+                f"{which}, expected `key` and `value` to be {query.dim()}-D"
+                f" but found {key.dim()}-D and {value.dim()}-D tensors respectively"
+            )
+        for name, x, width in (("query", query, self.embed_dim), ("key", key, self.kdim), ("value", value, self.vdim)):
+            if x.shape[-1] != width:
+                raise MultiheadAttentionError(
+                    f"{name}: was expecting embedding dimension of {width}, but got {x.shape[-1]}"
+                )
+        if key.shape[:-1] != value.shape[:-1]:
+            raise MultiheadAttentionError(
+                f"key's sequence and batch dims {key.shape[:-1]} do not match value's {value.shape[:-1]}"
+                f" (key shape {key.shape} does not match value shape {value.shape})"
+            )
+        batch_axis, length_axis = (0, 1) if self.batch_first else (1, 0)
+        batch = query.shape[batch_axis] if batched else 1
+        if batched and key.shape[batch_axis] != batch:
+            raise MultiheadAttentionError(
+                f"query and key must have the same batch size, got {batch} and {key.shape[batch_axis]}"
+                f" (batch_first={self.batch_first})"
+            )
+        length, keys = (x.shape[length_axis] if batched else x.shape[0] for x in (query, key))
+        sizes = (batch if batched else None, self.num_heads, length, keys)
+        check_masks(sizes, key_padding_mask, attn_mask, key_lengths)
+        return batched

@@ -1,0 +1,134 @@
+"""torch.nn's masks (True = ignore), checked and turned into the attention op's (True = attend): here alone."""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class MultiheadAttentionError(ValueError, AssertionError, RuntimeError):
+    """Shapes or masks do not fit. Callers of torch.nn.MultiheadAttention expect one of the latter two."""
+
+
+def check_masks(
+    sizes: tuple[int | None, int, int, int],
+    key_padding_mask: Tensor | None,
+    attn_mask: Tensor | None,
+    key_lengths: Tensor | None,
+) -> None:
+    """An error in torch.nn's words unless the masks fit sizes = (B, H, L, S); B is None for unbatched inputs."""
+    batch, heads, length, keys = sizes
+    which = "For unbatched (2-D) `query`" if batch is None else "For batched (3-D) `query`"
+    for name, mask in (("key_padding_mask", key_padding_mask), ("attn_mask", attn_mask)):
+        if mask is not None and mask.dtype != torch.bool and not mask.is_floating_point():
+            raise MultiheadAttentionError(f"only bool and floating types of {name} are supported, got {mask.dtype}")
+    if key_padding_mask is not None:
+        axes = 2 if batch is not None else 1
+        if key_padding_mask.dim() != axes:
+            raise MultiheadAttentionError(
+                f"{which}, expected `key_padding_mask` to be `None` or {axes}-D"
+                f" but found {key_padding_mask.dim()}-D tensor instead"
+            )
+        if key_padding_mask.shape[-1] != keys or (axes == 2 and key_padding_mask.shape[0] != batch):
+            raise MultiheadAttentionError(
+                f"Expected key_padded_mask.shape[{axes - 1}] to be {keys}, but got {key_padding_mask.shape[-1]}"
+                f" (key_padding_mask has shape {tuple(key_padding_mask.shape)})"
+            )
+    if attn_mask is not None:
+        if attn_mask.dim() not in (2, 3):
+            raise MultiheadAttentionError(
+                f"{which}, expected `attn_mask` to be `None`, 2-D or 3-D but found {attn_mask.dim()}-D tensor instead"
+            )
+        expected = (length, keys) if attn_mask.dim() == 2 else ((1 if batch is None else batch) * heads, length, keys)
+        if tuple(attn_mask.shape) != expected:
+            raise MultiheadAttentionError(
+                f"The shape of the {attn_mask.dim()}D attn_mask is {attn_mask.shape}, but should be {expected}."
+                f" Expected `attn_mask` shape to be {expected} but got {attn_mask.shape}"
+            )
+        if key_padding_mask is not None and key_padding_mask.dtype != attn_mask.dtype:
+            warnings.warn(
+                "Support for mismatched key_padding_mask and attn_mask is deprecated. Use same type for both instead.",
+                stacklevel=5,
+            )
+    if key_lengths is not None and batch is None:
+        raise MultiheadAttentionError("key_lengths needs a batched query")
+
+
+def attention_masks(
+    batch: int,
+    heads: int,
+    length: int,
+    keys: int,
+    *,
+    key_padding_mask: Tensor | None = None,
+    attn_mask: Tensor | None = None,
+    is_causal: bool = False,
+    key_lengths: Tensor | None = None,
+    added_keys: int = 0,
+    device: torch.device | None = None,
+) -> dict:
+    """The mask arguments of `kernels.attention` that say what nn.MultiheadAttention's masks say.
+
+    Args:
+        batch, heads, length, keys: B, H, L and S.
+        key_padding_mask: (B, S) bool, True = ignore; or float, added to the scores.
+        attn_mask: (L, S) or (B·H, L, S) bool, True = ignore; or float, added to the scores.
+        is_causal: query i sees keys 0 ... i (and what the masks leave of them).
+        key_lengths: (B,) integers: keys at and beyond the length are ignored.
+        added_keys: keys appended after the S given (add_bias_kv, add_zero_attn); every query sees them.
+    """
+    keep, bias = None, None
+    causal = "top_left" if is_causal else False
+
+    if key_padding_mask is not None and key_padding_mask.is_floating_point():
+        key_padding_mask = _as_bool_if_hard(key_padding_mask)
+    if key_padding_mask is not None:
+        by_key = key_padding_mask[:, None, None, :]
+        if key_padding_mask.dtype == torch.bool:
+            keep = ~by_key
+            if key_lengths is None and added_keys == 0:
+                key_lengths = lengths_if_padded_right(keep[:, 0, 0])
+                keep = None if key_lengths is not None else keep
+        else:
+            bias = by_key
+    if attn_mask is not None:
+        by_query = attn_mask if attn_mask.dim() == 2 else attn_mask.view(batch, heads, length, keys)
+        if attn_mask.dtype == torch.bool:
+            keep = ~by_query if keep is None else keep & ~by_query
+        else:
+            bias = by_query if bias is None else bias + by_query
+
+    if added_keys:
+        if causal:
+            lower = torch.ones(length, keys, dtype=torch.bool, device=device).tril()
+            keep, causal = lower if keep is None else keep & lower, False
+        if key_lengths is not None:
+            real = torch.arange(keys, device=device) < key_lengths[:, None, None, None]
+            keep, key_lengths = real if keep is None else keep & real, None
+        keep = None if keep is None else F.pad(keep, (0, added_keys), value=True)
+        bias = None if bias is None else F.pad(bias, (0, added_keys))
+    return {"keep": keep, "bias": bias, "causal": causal, "k_lengths": key_lengths}
+
+
+def lengths_if_padded_right(keep: Tensor) -> Tensor | None:
+    """(B,) int64 lengths if each row of `keep` (B, S) is True up to a length and False beyond, else None.
+
+    Kernels skip what lies beyond a length, which a mask does not let them do. Asked on the CPU alone: elsewhere the
+    answer would make the host wait for the device.
+    """
+    if keep.device.type != "cpu" or torch.compiler.is_compiling():
+        return None
+    lengths = keep.sum(-1)
+    below = torch.arange(keep.shape[1]) < lengths[:, None]
+    return lengths if torch.equal(below, keep) else None
+
+
+def _as_bool_if_hard(mask: Tensor) -> Tensor:
+    """A float mask of only 0 and -inf (what nn.TransformerEncoder makes of a bool one) as bool again, on the CPU."""
+    if mask.device.type != "cpu" or mask.requires_grad or torch.compiler.is_compiling():
+        return mask
+    ignored = mask == -torch.inf
+    return ignored if bool((ignored | (mask == 0)).all()) else mask

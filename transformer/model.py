@@ -1,0 +1,198 @@
+"""The Transformer: embeddings, encoder, decoder and output projection."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fused_transformer.config import TransformerConfig
+from fused_transformer.embedding import TokenEmbedding
+from fused_transformer.layers import AddLayerNorm, DecoderLayer, EncoderLayer
+
+
+class Encoder(nn.Module):
+    """The stack of encoder layers; in pre-norm, one LayerNorm after the last.
+
+    Post-norm ends with its last layer's norm, as in the paper (nn.Transformer adds one more).
+    """
+
+    def __init__(self, config: TransformerConfig, device=None, dtype=None) -> None:
+        super().__init__()
+        layers = (EncoderLayer(**_layer_options(config, device, dtype)) for _ in range(config.num_encoder_layers))
+        self.layers = nn.ModuleList(layers)
+        self.norm = _final_norm(config, device, dtype)
+
+    def forward(self, x: Tensor, lengths: Tensor | None = None) -> Tensor:
+        """x (B, S, E) and the real tokens of each sequence, lengths (B,), to (B, S, E)."""
+        residual = None
+        for layer in self.layers:
+            x, residual = layer(x, lengths, residual=residual, chained=True)
+        return x if self.norm is None else self.norm(x, residual)
+
+
+class Decoder(nn.Module):
+    """The stack of decoder layers, each attending to the encoder's last; in pre-norm, one LayerNorm after the last."""
+
+    def __init__(self, config: TransformerConfig, device=None, dtype=None) -> None:
+        super().__init__()
+        layers = (DecoderLayer(**_layer_options(config, device, dtype)) for _ in range(config.num_decoder_layers))
+        self.layers = nn.ModuleList(layers)
+        self.norm = _final_norm(config, device, dtype)
+
+    def forward(
+        self,
+        x: Tensor,
+        memory: Tensor,
+        lengths: Tensor | None = None,
+        memory_lengths: Tensor | None = None,
+    ) -> Tensor:
+        """x (B, L, E) and memory (B, S, E), with their lengths (B,), to (B, L, E). Position i sees x up to i."""
+        residual = None
+        for layer in self.layers:
+            x, residual = layer(x, memory, lengths, memory_lengths, residual=residual, chained=True)
+        return x if self.norm is None else self.norm(x, residual)
+
+
+class Transformer(nn.Module):
+    """The encoder-decoder model of the paper.
+
+        memory = encoder(√E · table[source] + PE)
+        hidden = decoder(√E · table[target] + PE, memory)             each position sees the target up to itself
+        logits = hidden · tableᵀ                                      log p(next token) = log_softmax(logits)
+
+    Args:
+        config: sizes and options; `TransformerConfig(source_vocab_size=V)` is the paper's base model.
+        device, dtype: of the parameters.
+
+    Tokens are padded on the right with config.padding_idx. Padding never changes the results at real tokens.
+
+    Example:
+        >>> config = TransformerConfig(source_vocab_size=100, d_model=64, num_heads=4, d_feedforward=128)
+        >>> model = Transformer(config)
+        >>> source = torch.tensor([[5, 6, 7, 2], [8, 9, 2, 0]])
+        >>> target = torch.tensor([[1, 11, 12], [1, 13, 14]])
+        >>> model(source, target).shape
+        torch.Size([2, 3, 100])
+
+    Source: Vaswani et al. 2017, section 3.
+    """
+
+    def __init__(self, config: TransformerConfig, device=None, dtype=None) -> None:
+        super().__init__()
+        self.config = config
+        place = {"device": device, "dtype": dtype}
+        embedding = {
+            "positions": config.positions,
+            "padding_idx": config.padding_idx,
+            "dropout": config.dropout,
+            **place,
+        }
+        self.source_embedding = TokenEmbedding(config.source_vocab_size, config.d_model, **embedding)
+        # None where tied, so that a table has one name in the state_dict
+        self.target_embedding = (
+            None
+            if config.tie_embeddings == "shared"
+            else TokenEmbedding(config.target_vocab_size, config.d_model, **embedding)
+        )
+        self.encoder = Encoder(config, **place)
+        self.decoder = Decoder(config, **place)
+        self.output_projection = None
+        if config.tie_embeddings == "separate":
+            self.output_projection = nn.Linear(config.d_model, config.target_vocab_size, bias=False, **place)
+            nn.init.normal_(self.output_projection.weight, std=config.d_model**-0.5)
+
+    def forward(
+        self,
+        source_tokens: Tensor,
+        target_tokens: Tensor,
+        source_lengths: Tensor | None = None,
+        target_lengths: Tensor | None = None,
+    ) -> Tensor:
+        """Logits (B, L, V): row i of a sequence is for the token after target_tokens[:, i].
+
+        Args:
+            source_tokens: (B, S) int64 or int32.
+            target_tokens: (B, L), beginning with bos_idx: the translation one step behind what is predicted.
+            source_lengths: (B,) integers; None: counted from the padding.
+            target_lengths: (B,) integers; never needed (no position sees later ones), but spares work.
+        """
+        if source_lengths is None:
+            source_lengths = self.lengths(source_tokens)
+        memory = self.encode(source_tokens, source_lengths)
+        return self.project(self.decode(target_tokens, memory, source_lengths, target_lengths))
+
+    def lengths(self, tokens: Tensor) -> Tensor:
+        """(B,) int64: the tokens of each row of (B, L) that are not padding.
+
+        Raises:
+            ValueError: padding ahead of a token (looked for on the CPU only: a GPU would have to be waited for).
+        """
+        real = tokens != self.config.padding_idx
+        lengths = real.sum(-1)
+        if tokens.device.type == "cpu" and not torch.compiler.is_compiling():
+            before_end = torch.arange(tokens.shape[-1]) < lengths[:, None]
+            if not torch.equal(before_end, real):
+                row = int((before_end != real).any(-1).nonzero()[0])
+                raise ValueError(f"row {row} has padding (token {self.config.padding_idx}) ahead of a token; pad right")
+        return lengths
+
+    def encode(self, source_tokens: Tensor, source_lengths: Tensor | None = None) -> Tensor:
+        """Memory (B, S, E) of source_tokens (B, S). Rows of padding hold numbers without meaning."""
+        if source_lengths is None:
+            source_lengths = self.lengths(source_tokens)
+        return self.encoder(self.source_embedding(source_tokens), source_lengths)
+
+    def decode(
+        self,
+        target_tokens: Tensor,
+        memory: Tensor,
+        memory_lengths: Tensor | None = None,
+        target_lengths: Tensor | None = None,
+    ) -> Tensor:
+        """Hidden states (B, L, E) of target_tokens (B, L), each from the tokens up to its own and all of memory.
+
+        Args:
+            memory: (B, S, E), as `encode` returned it.
+            memory_lengths: (B,) integers, the source's lengths; None: all of memory is real.
+            target_lengths: (B,) integers; see `forward`.
+        """
+        return self.decoder(self._embed_target(target_tokens), memory, target_lengths, memory_lengths)
+
+    def project(self, hidden: Tensor) -> Tensor:
+        """Logits (..., V) of hidden states (..., E)."""
+        if self.output_projection is not None:
+            return self.output_projection(hidden)
+        return F.linear(hidden, self._target_table().weight)
+
+    def log_probabilities(self, hidden: Tensor) -> Tensor:
+        """log_softmax(project(hidden)), (..., V) float32."""
+        return F.log_softmax(self.project(hidden), dim=-1, dtype=torch.float32)
+
+    def _target_table(self) -> TokenEmbedding:
+        return self.source_embedding if self.target_embedding is None else self.target_embedding
+
+    def _embed_target(self, tokens: Tensor, start: int = 0) -> Tensor:
+        return self._target_table()(tokens, start=start)
+
+
+def _layer_options(config: TransformerConfig, device, dtype) -> dict:
+    return {
+        "d_model": config.d_model,
+        "num_heads": config.num_heads,
+        "d_feedforward": config.d_feedforward,
+        "dropout": config.dropout,
+        "attention_dropout": config.attention_dropout,
+        "activation_dropout": config.activation_dropout,
+        "activation": config.activation,
+        "norm_first": config.norm_first,
+        "layer_norm_eps": config.layer_norm_eps,
+        "device": device,
+        "dtype": dtype,
+    }
+
+
+def _final_norm(config: TransformerConfig, device, dtype) -> AddLayerNorm | None:
+    if not config.norm_first:
+        return None
+    return AddLayerNorm(config.d_model, dropout=config.dropout, eps=config.layer_norm_eps, device=device, dtype=dtype)
