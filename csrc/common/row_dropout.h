@@ -47,7 +47,7 @@ FT_INLINE void transpose_groups(const UVec* w, UVec* out) {
 // 0 or keep_scale for columns col ... col + kDropoutColumns - 1 of `row`; col is a multiple of 4.
 FT_INLINE RowFactors row_dropout(const RowDropout& dropout, int64_t row, int64_t col) {
   // Lane 4 q + j works on the block of columns that transpose_groups puts into group q of part j.
-  const UVec lane = (UVec)lanes();
+  const UVec lane = (UVec)lanes_index();
   const UVec block = splat_uint(uint32_t(col / 4)) + (lane & 3u) * uint32_t(kWidth / 4) + (lane >> 2);
   const PhiloxWords words = philox(block, splat_uint(uint32_t(row)), UVec{}, dropout.seed);
   UVec bits[4];
