@@ -103,7 +103,8 @@ class _Layer(nn.Module):
         for name in self.norms:
             getattr(self, name).reset_parameters()
 
-    def _run(self, sublayers: tuple[Sublayer, ...], x: Tensor, residual: Tensor | None, chained: bool):
+    def run_sublayers(self, sublayers: tuple[Sublayer, ...], x: Tensor, residual: Tensor | None, chained: bool):
+        """x through the sublayers, each with its norm; `residual` and `chained` as in `EncoderLayer.forward`."""
         norms = [getattr(self, name) for name in self.norms]
         if not self.norm_first:
             for sublayer, norm in zip(sublayers, norms, strict=True):
@@ -175,7 +176,7 @@ class EncoderLayer(_Layer):
                 key_lengths=lengths,
             )[0]
 
-        return self._run((attend, self.feed_forward), x, residual, chained)
+        return self.run_sublayers((attend, self.feed_forward), x, residual, chained)
 
 
 class DecoderLayer(_Layer):
@@ -244,7 +245,7 @@ class DecoderLayer(_Layer):
                 key_lengths=memory_lengths,
             )[0]
 
-        return self._run((attend, attend_to_memory, self.feed_forward), x, residual, chained)
+        return self.run_sublayers((attend, attend_to_memory, self.feed_forward), x, residual, chained)
 
 
 def _accept_torch_names(module, state_dict, prefix, *_):

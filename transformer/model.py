@@ -6,8 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fused_transformer import incremental
 from fused_transformer.config import TransformerConfig
 from fused_transformer.embedding import TokenEmbedding
+from fused_transformer.incremental import DecoderState
 from fused_transformer.layers import AddLayerNorm, DecoderLayer, EncoderLayer
 
 
@@ -158,6 +160,31 @@ class Transformer(nn.Module):
             target_lengths: (B,) integers; see `forward`.
         """
         return self.decoder(self._embed_target(target_tokens), memory, target_lengths, memory_lengths)
+
+    @torch.no_grad()
+    def start(self, memory: Tensor, memory_lengths: Tensor | None = None, *, beam_size: int = 1) -> DecoderState:
+        """The state ahead of the first `step`; memory (B, S, E) gets beam_size rows a sequence, in order.
+
+        Raises:
+            ValueError: beam_size below 1, or the model is in training mode (steps have no dropout).
+        """
+        if self.training:
+            raise ValueError("decoding step by step is for inference: call eval() on the model first")
+        return incremental.start(list(self.decoder.layers), memory, memory_lengths, beam_size)
+
+    @torch.no_grad()
+    def step(self, tokens: Tensor, state: DecoderState) -> Tensor:
+        """Hidden states (R, E) of the next position, from its tokens (R,); `state` grows by it.
+
+        Equals the last position of `decode` on all tokens so far, at the cost of that position alone.
+        """
+        x, residual = self._embed_target(tokens[:, None], start=state.length), None
+        state.make_room()
+        for index, layer in enumerate(self.decoder.layers):
+            x, residual = incremental.step_layer(layer, index, x, residual, state)
+        state.length += 1
+        x = x if self.decoder.norm is None else self.decoder.norm(x, residual)
+        return x.squeeze(1)
 
     def project(self, hidden: Tensor) -> Tensor:
         """Logits (..., V) of hidden states (..., E)."""
