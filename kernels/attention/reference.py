@@ -47,7 +47,9 @@ def backward(dout, q, k, v, out, lse, mask: Mask, scale, dropout_p, seed, wants_
 
     dv = torch.einsum("bhls,bhld->bhsd", weights * factor, dout)
     dweights = torch.einsum("bhld,bhsd->bhls", dout, v) * factor
-    dscores = _softmax_backward(weights, dweights, allowed)
+    # Σ_s weights · dweights = dout · out: the saved output spares the sum over keys (and rounds as out was rounded)
+    delta = (dout * torch.where(alive, out, 0)).sum(-1, keepdim=True)
+    dscores = torch.where(allowed, weights * (dweights - delta), 0)
     dq = scale * _weighted_sum(dscores, k, allowed)
     dk = scale * torch.einsum("bhls,bhld->bhsd", dscores, q)
     dbias = _sum_to(dscores, mask.bias) if wants_dbias else None
@@ -71,7 +73,8 @@ def weights_backward(dweights, q, k, lse, mask: Mask, scale, dropout_p, seed, wa
     probabilities = _probabilities(scores, lse)
     if dropout_p > 0.0:
         dweights = dweights * _dropout_factor(probabilities, dropout_p, seed)
-    dscores = _softmax_backward(probabilities, dweights, allowed)
+    product = torch.where(allowed, probabilities * dweights, 0)
+    dscores = product - probabilities * product.sum(-1, keepdim=True)
     q = torch.where(allowed.any(-1, keepdim=True), q, 0)
     dq = scale * _weighted_sum(dscores, k, allowed)
     dk = scale * torch.einsum("bhls,bhld->bhsd", dscores, q)
@@ -132,12 +135,6 @@ def _weighted_sum(weights: Tensor, values: Tensor, allowed: Tensor) -> Tensor:
         reached = torch.einsum("bhls,bhsd->bhld", allowed.to(values.dtype).expand_as(weights), is_bad.to(values.dtype))
         out = torch.where(reached > 0, out + bad, out)
     return out
-
-
-def _softmax_backward(weights: Tensor, dweights: Tensor, allowed: Tensor) -> Tensor:
-    product = torch.where(allowed, weights * dweights, 0)
-    dscores = product - weights * product.sum(-1, keepdim=True)
-    return torch.where(allowed, dscores, 0)
 
 
 def _dropout_factor(like: Tensor, dropout_p: float, seed: Tensor) -> Tensor:
@@ -222,10 +219,10 @@ def _forward_packed(q, k, v, mask: Mask, scale, dropout_p, seed):
 
 def _backward_packed(dout, q, k, v, out, lse, mask: Mask, scale, dropout_p, seed, wants_dbias):
     padded, q_offsets, k_offsets, bias = _as_padded(mask)
-    q_pad, dout_pad = (_pad(x, q_offsets, mask.q_length) for x in (q, dout))
+    q_pad, dout_pad, out_pad = (_pad(x, q_offsets, mask.q_length) for x in (q, dout, out))
     k_pad, v_pad = (_pad(x, k_offsets, mask.k_length) for x in (k, v))
     dq, dk, dv, dbias = backward(
-        dout_pad, q_pad, k_pad, v_pad, None, None, padded, scale, dropout_p, seed, wants_dbias
+        dout_pad, q_pad, k_pad, v_pad, out_pad, None, padded, scale, dropout_p, seed, wants_dbias
     )
     if wants_dbias and dbias.shape != bias.shape:
         full = bias.new_zeros(bias.shape)

@@ -1,0 +1,98 @@
+// Python's door to the attention kernels. A call's arguments travel as one tuple, in the order of `problem` in
+// kernels/attention/cpu.py, because pybind11 takes longer over thirty arguments than over one.
+
+#include <omp.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <array>
+
+#include "attention.h"
+#include "scratch.h"
+
+namespace py = pybind11;
+
+namespace fused {
+namespace {
+
+using Address = uintptr_t;
+
+Rows rows(const py::handle& item) {  // (address, batch stride, head stride, row stride)
+  const auto v = item.cast<std::array<int64_t, 4>>();
+  return {reinterpret_cast<void*>(v[0]), v[1], v[2], v[3]};
+}
+
+Scores scores(const py::handle& item) {  // (address, four strides)
+  const auto v = item.cast<std::array<int64_t, 5>>();
+  return {reinterpret_cast<const void*>(v[0]), {v[1], v[2], v[3], v[4]}};
+}
+
+void fill(Attention& args, const py::tuple& problem) {
+  const auto sizes = problem[0].cast<std::array<int64_t, 6>>();
+  args.B = sizes[0], args.H = sizes[1], args.Hk = sizes[2], args.L = sizes[3], args.S = sizes[4], args.D = sizes[5];
+  args.dtype = static_cast<DType>(problem[1].cast<int>());
+  args.q = rows(problem[2]), args.k = rows(problem[3]), args.v = rows(problem[4]);
+  args.scale = problem[5].cast<float>();
+  args.keep = scores(problem[6]);
+  args.bias = scores(problem[7]);
+  args.bias_dtype = static_cast<DType>(problem[8].cast<int>());
+  args.causal = static_cast<Causal>(problem[9].cast<int>());
+  const auto window = problem[10].cast<std::array<int64_t, 2>>();
+  args.window_left = window[0], args.window_right = window[1];
+  const auto lengths = problem[11].cast<std::array<Address, 3>>();
+  args.k_lengths = reinterpret_cast<const int64_t*>(lengths[0]);
+  args.q_offsets = reinterpret_cast<const int64_t*>(lengths[1]);
+  args.k_offsets = reinterpret_cast<const int64_t*>(lengths[2]);
+  args.dropout_p = problem[12].cast<float>();
+  args.dropout_threshold = problem[13].cast<uint32_t>();
+  args.dropout_scale = problem[14].cast<float>();
+  const auto seed = reinterpret_cast<const uint64_t*>(problem[15].cast<Address>());
+  args.seed = seed == nullptr ? 0 : *seed;
+}
+
+}  // namespace
+
+void register_attention(py::module_& m) {
+  m.def(
+      "attention_scratch",
+      [](const std::string& direction, int64_t D) {
+        const int64_t floats = direction == "forward"    ? cpu::forward_scratch(D)
+                               : direction == "backward" ? cpu::backward_scratch(D)
+                                                         : cpu::weights_scratch(D);
+        return floats * omp_get_max_threads();
+      },
+      "Floats of scratch memory for \"forward\", \"backward\" or \"weights\" at head width D.");
+  m.def("attention_forward", [](const py::tuple& problem, const py::tuple& out, const py::tuple& lse, Address scratch) {
+    AttentionForward args;
+    fill(args, problem);
+    args.out = rows(out);
+    args.lse = rows(lse);
+    args.scratch = reinterpret_cast<float*>(scratch);
+    py::gil_scoped_release nogil;
+    cpu::attention_forward(args);
+  });
+  m.def("attention_backward", [](const py::tuple& problem, const py::tuple& saved, const py::tuple& gradients,
+                                 const py::tuple& dbias, Address scratch) {
+    AttentionBackward args;
+    fill(args, problem);
+    args.out = rows(saved[0]), args.dout = rows(saved[1]), args.lse = rows(saved[2]);
+    args.dq = rows(gradients[0]), args.dk = rows(gradients[1]), args.dv = rows(gradients[2]);
+    const Scores target = scores(dbias);
+    args.dbias_data = static_cast<float*>(const_cast<void*>(target.data));
+    for (int axis = 0; axis < 4; ++axis) args.dbias_stride[axis] = target.stride[axis];
+    args.scratch = reinterpret_cast<float*>(scratch);
+    py::gil_scoped_release nogil;
+    cpu::attention_backward(args);
+  });
+  m.def("attention_weights", [](const py::tuple& problem, const py::tuple& lse, Address weights, Address scratch) {
+    AttentionWeights args;
+    fill(args, problem);
+    args.lse = rows(lse);
+    args.weights = reinterpret_cast<void*>(weights);
+    args.scratch = reinterpret_cast<float*>(scratch);
+    py::gil_scoped_release nogil;
+    cpu::attention_weights(args);
+  });
+}
+
+}  // namespace fused

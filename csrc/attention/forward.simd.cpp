@@ -1,0 +1,168 @@
+// Attention forward on the CPU: online softmax over blocks of 64 keys, no (L, S) matrix.
+//
+// A task is one chunk (up to 4 tiles of queries) of one head. For each block of keys it can see, the block is read once
+// (converted to float32 into 2 x 16 KB), and for each tile: scores = K Q^T, mask, running maximum and sum, then
+// out^T += V^T weights. Per score that is 2 D multiply-adds and one exp; at D = 64 the multiply-adds are three quarters
+// of the time, so the kernel is bound by the FMA units. Memory moved: q, k, v and out once per chunk.
+
+#include <omp.h>
+
+#include "../common/parallel.h"
+#include "product.h"
+#include "scores.h"
+
+namespace fused::cpu::FT_ISA {
+namespace {
+
+// One tile's running state; panels are [D][lanes], lane = query.
+struct State {
+  Tile tile;
+  float *q, *out;             // panels
+  float *maximum, *sum;       // [lanes]
+};
+
+// Folds one block of keys into the tile's running softmax.
+template <int NV>
+void step(const AttentionForward& args, const Sequence& s, const State& state, const KeyBlock& block, float* scores,
+          MaskTile& masks) {
+  constexpr int lanes = NV * kWidth;
+  const Tile& t = state.tile;
+  const int D = int(args.D), count = int(smaller(block.count, t.high - block.j0));
+  if (!load_keep(args, s, t, block.j0, count, masks)) return;
+  load_bias(args, s, t, block.j0, count, masks);
+  product<NV, true>(count, D, block.k, block.ld, state.q, lanes, scores, lanes, false);
+  mask_scores<NV>(args, s, t, block.j0, count, masks, scores);
+
+  for (int v = 0; v < NV; ++v) {
+    float* column = scores + v * kWidth;
+    const Vec before = load(state.maximum + v * kWidth);
+    Vec maximum = before;
+    for (int j = 0; j < count; ++j) maximum = vmax(load(column + j * lanes), maximum);
+    // While a row has seen only masked keys its maximum is -inf: shift by 0, so that exp gives 0 and not NaN.
+    const Vec shift = maximum == splat(-kInf) ? Vec{} : maximum;
+    Vec sum{};
+    for (int j = 0; j < count; ++j) {
+      const Vec weight = exp(load(column + j * lanes) - shift);
+      store(column + j * lanes, weight);
+      sum += weight;
+    }
+    const Vec decay = exp(before - shift);
+    store(state.maximum + v * kWidth, maximum);
+    store(state.sum + v * kWidth, load(state.sum + v * kWidth) * decay + sum);
+    if (reduce_sum(decay == splat(1.0f) ? Vec{} : splat(1.0f)) != 0.0f) {
+      for (int d = 0; d < D; ++d) {
+        float* out = state.out + d * lanes + v * kWidth;
+        store(out, load(out) * decay);
+      }
+    }
+  }
+  if (args.dropout_p > 0.0f) {
+    for_each_dropout<NV>(args, s, t, block.j0, count, [&](int j, int v, IVec kept) {
+      float* weight = scores + j * lanes + v * kWidth;
+      store(weight, kept ? load(weight) : Vec{});
+    });
+  }
+  product<NV, false>(D, count, block.v_safe, block.ld, scores, lanes, state.out, lanes, true);
+  if (block.v_safe != block.v) {  // NaN and Inf of values that are attended to: the product above took them as 0
+    for (int j = 0; j < count; ++j) {
+      for (int d = 0; d < D; ++d) {
+        if (block.v[j * block.ld + d] == block.v_safe[j * block.ld + d]) continue;
+        for (int v = 0; v < NV; ++v) {
+          const Vec weight = load(scores + j * lanes + v * kWidth);
+          float* out = state.out + d * lanes + v * kWidth;
+          const Vec reached = load(out) + weight * splat(block.v[j * block.ld + d]);
+          store(out, weight == Vec{} ? load(out) : reached);
+        }
+      }
+    }
+  }
+}
+
+void begin(const AttentionForward& args, const Sequence& s, State& state, float* rows) {
+  const Tile& t = state.tile;
+  const int D = int(args.D), lanes = t.vecs * kWidth;
+  const int64_t ld = row_floats(D);
+  with_storage(args.dtype, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    load_rows(row_of<T>(args, args.q, s, s.h, s.q0, t.first), args.q.row, t.rows, D, args.scale, rows, ld);
+  });
+  std::memset(rows + t.rows * ld, 0, sizeof(float) * (lanes - t.rows) * ld);
+  rows_to_panel(rows, ld, D, t.vecs, state.q, lanes);
+  std::memset(state.out, 0, sizeof(float) * D * lanes);
+  for (int i = 0; i < lanes; ++i) {
+    state.maximum[i] = -kInf;
+    state.sum[i] = 0.0f;
+  }
+}
+
+void finish(const AttentionForward& args, const Sequence& s, const State& state) {
+  const Tile& t = state.tile;
+  const int D = int(args.D), lanes = t.vecs * kWidth;
+  for (int v = 0; v < t.vecs; ++v) {
+    const Vec sum = load(state.sum + v * kWidth);
+    const Vec factor = sum == Vec{} ? Vec{} : splat(args.dropout_scale) / sum;
+    for (int d = 0; d < D; ++d) {
+      float* out = state.out + d * lanes + v * kWidth;
+      store(out, load(out) * factor);
+    }
+  }
+  with_storage(args.dtype, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    panel_to_rows(state.out, lanes, D, t.rows, row_of<T>(args, args.out, s, s.h, s.q0, t.first), args.out.row);
+  });
+  float* lse = row_of<float>(args, args.lse, s, s.h, s.q0, t.first);
+  for (int i = 0; i < t.rows; ++i) {
+    const float sum = state.sum[i];
+    lse[i * args.lse.row] = sum == 0.0f ? -kInf : state.maximum[i] + __builtin_logf(sum);
+  }
+}
+
+void chunk(const AttentionForward& args, int64_t b, int64_t h, int64_t index, float* scratch) {
+  const Sequence s = sequence(args, b, h);
+  const Tiling tiling(s.L);
+  const int64_t D = args.D, first = index * kTiles, tiles = smaller(kTiles, tiling.tiles - first);
+  if (tiles <= 0) return;
+  KeyBlock block = make_block(scratch, D);
+  float *spare_k = block.k_safe, *spare_v = block.v_safe;
+  float* scores = scratch + block_floats(D);
+  MaskTile& masks = *reinterpret_cast<MaskTile*>(scores + kTileFloats);
+  float* next = scores + kTileFloats + kMaskTileFloats;
+
+  State states[kTiles];
+  int64_t low = s.S, high = 0;
+  for (int i = 0; i < tiles; ++i) {
+    State& state = states[i];
+    state.tile = make_tile(args, s, tiling, first + i);
+    state.q = next;
+    state.out = state.q + panel_floats(D);
+    state.maximum = state.out + panel_floats(D);
+    state.sum = state.maximum + kMaxLanes;
+    next = state.sum + kMaxLanes;
+    begin(args, s, state, state.out);  // `out` holds the rows until they are transposed, and is cleared after
+    low = smaller(low, state.tile.low);
+    high = larger(high, state.tile.high);
+  }
+  for (int64_t j0 = low / kKeys * kKeys; j0 < high; j0 += kKeys) {
+    load_block(args, s, j0, int(smaller(kKeys, high - j0)), spare_k, spare_v, true, block);
+    for (int i = 0; i < tiles; ++i) {
+      const Tile& t = states[i].tile;
+      if (j0 >= t.high || j0 + block.count <= t.low) continue;
+      with_vecs(t.vecs, [&](auto n) { step<decltype(n)::value>(args, s, states[i], block, scores, masks); });
+    }
+  }
+  for (int i = 0; i < tiles; ++i) finish(args, s, states[i]);
+}
+
+}  // namespace
+
+void attention_forward(const AttentionForward& args) {
+  const int64_t chunks = (Tiling(args.L).tiles + kTiles - 1) / kTiles, heads = args.B * args.H;
+  const int64_t size = forward_scratch(args.D);
+  parallel_tasks(chunks * heads, heads * args.L * args.S * args.D, [&](int64_t task) {
+    // last chunks first: under a causal mask they are the longest
+    const int64_t index = chunks - 1 - task / heads, b = task % heads / args.H, h = task % args.H;
+    chunk(args, b, h, index, args.scratch + omp_get_thread_num() * size);
+  });
+}
+
+}  // namespace fused::cpu::FT_ISA

@@ -1,0 +1,86 @@
+#pragma once
+// C (+)= A B on small tiles that live in the first two caches: the matrix product of all attention kernels.
+//
+// B and C are row-major with NV vectors a row; A is read one element at a time and broadcast, so it may be stored
+// either way round and needs no packing. MR rows of C stay in registers while k runs: each step is NV loads, MR
+// broadcasts and MR * NV fused multiply-adds. Every element of C is one chain of additions in the order of k,
+// whatever the tile it falls into, so results don't depend on how work is cut.
+
+#include "../common/simd.h"
+
+namespace fused::cpu::FT_ISA {
+
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int kRegisters = 32;
+#else
+constexpr int kRegisters = 16;
+#endif
+
+// Rows of C held in registers beside NV vectors of B and one broadcast; no more than 12 addresses.
+template <int NV>
+constexpr int rows_in_registers() {
+  constexpr int rows = (kRegisters - NV - 2) / NV;
+  return rows > 12 ? 12 : rows;
+}
+
+// kRowMajor: A(m, k) = A[m * lda + k]; otherwise A(m, k) = A[k * lda + m].
+template <int MR, int NV, bool kRowMajor>
+FT_INLINE void product_rows(int K, const float* A, int64_t lda, const float* B, int64_t ldb, float* C, int64_t ldc,
+                            bool accumulate) {
+  Vec c[MR][NV];
+#pragma GCC unroll 16
+  for (int m = 0; m < MR; ++m)
+#pragma GCC unroll 4
+    for (int n = 0; n < NV; ++n) c[m][n] = accumulate ? load(C + m * ldc + n * kWidth) : Vec{};
+  for (int k = 0; k < K; ++k) {
+    Vec b[NV];
+#pragma GCC unroll 4
+    for (int n = 0; n < NV; ++n) b[n] = load(B + k * ldb + n * kWidth);
+#pragma GCC unroll 16
+    for (int m = 0; m < MR; ++m) {
+      const Vec a = splat(kRowMajor ? A[m * lda + k] : A[k * lda + m]);
+#pragma GCC unroll 4
+      for (int n = 0; n < NV; ++n) c[m][n] += a * b[n];
+    }
+  }
+#pragma GCC unroll 16
+  for (int m = 0; m < MR; ++m)
+#pragma GCC unroll 4
+    for (int n = 0; n < NV; ++n) store(C + m * ldc + n * kWidth, c[m][n]);
+}
+
+// The last rows, fewer than a full set.
+template <int MR, int NV, bool kRowMajor>
+void product_rest(int rows, int K, const float* A, int64_t lda, const float* B, int64_t ldb, float* C, int64_t ldc,
+                  bool accumulate) {
+  if (rows == MR) {
+    product_rows<MR, NV, kRowMajor>(K, A, lda, B, ldb, C, ldc, accumulate);
+  } else if constexpr (MR > 1) {
+    product_rest<MR - 1, NV, kRowMajor>(rows, K, A, lda, B, ldb, C, ldc, accumulate);
+  }
+}
+
+// C[M][NV vectors] (+)= A[M][K] B[K][NV vectors]
+template <int NV, bool kRowMajor>
+void product(int M, int K, const float* A, int64_t lda, const float* B, int64_t ldb, float* C, int64_t ldc,
+             bool accumulate) {
+  constexpr int MR = rows_in_registers<NV>();
+  const int64_t a_step = kRowMajor ? lda : 1;
+  int m = 0;
+  for (; m + MR <= M; m += MR)
+    product_rows<MR, NV, kRowMajor>(K, A + m * a_step, lda, B, ldb, C + m * ldc, ldc, accumulate);
+  if (m < M) product_rest<MR - 1, NV, kRowMajor>(M - m, K, A + m * a_step, lda, B, ldb, C + m * ldc, ldc, accumulate);
+}
+
+// The same for rows of any whole number of vectors.
+template <bool kRowMajor>
+void product_wide(int M, int K, const float* A, int64_t lda, const float* B, int64_t ldb, float* C, int64_t ldc,
+                  int vectors, bool accumulate) {
+  constexpr int NV = kRegisters == 32 ? 4 : 2;
+  int n = 0;
+  for (; n + NV <= vectors; n += NV)
+    product<NV, kRowMajor>(M, K, A, lda, B + n * kWidth, ldb, C + n * kWidth, ldc, accumulate);
+  for (; n < vectors; ++n) product<1, kRowMajor>(M, K, A, lda, B + n * kWidth, ldb, C + n * kWidth, ldc, accumulate);
+}
+
+}  // namespace fused::cpu::FT_ISA

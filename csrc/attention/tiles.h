@@ -1,0 +1,226 @@
+#pragma once
+// How attention's CPU kernels cut the work, and the moves between memory and tiles.
+//
+// A lane of a vector is a query: a tile is up to 3 vectors of queries (48 with AVX-512) beside a block of 64 keys, and
+// its scores are stored key by key. So the softmax runs down the keys with plain vertical instructions, keys and
+// values are broadcast one element at a time from where they lie, and nothing is padded in D or S. A chunk is 4 tiles
+// of one head that share each block of keys while it is in the first cache.
+
+#include "../common/simd.h"
+#include "attention.h"
+#include "scratch.h"
+
+namespace fused::cpu::FT_ISA {
+
+inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+
+// One sequence of the batch under one query head.
+struct Sequence {
+  int64_t b, h, hk;
+  int64_t L, S;    // its queries and its keys, after k_lengths
+  int64_t shift;   // query i stands at key position i + shift
+  int64_t q0, k0;  // first token, for packed batches
+};
+
+FT_INLINE Sequence sequence(const Attention& args, int64_t b, int64_t h) {
+  Sequence s{b, h, h / (args.H / args.Hk), args.L, args.S, 0, 0, 0};
+  if (args.q_offsets != nullptr) {
+    s.q0 = args.q_offsets[b];
+    s.L = args.q_offsets[b + 1] - s.q0;
+    s.k0 = args.k_offsets[b];
+    s.S = args.k_offsets[b + 1] - s.k0;
+  }
+  if (args.k_lengths != nullptr) s.S = smaller(s.S, args.k_lengths[b]);
+  if (args.causal == Causal::bottom_right) s.shift = s.S - s.L;
+  return s;
+}
+
+template <class T>
+FT_INLINE T* row_of(const Attention& args, const Rows& x, const Sequence& s, int64_t head, int64_t token0, int64_t row) {
+  const int64_t batch = args.q_offsets == nullptr ? s.b * x.batch : token0 * x.row;
+  return static_cast<T*>(x.data) + batch + head * x.head + row * x.row;
+}
+
+// Queries first ... first + rows of a sequence, in `vecs` vectors; and which keys they can see at all.
+struct Tile {
+  int64_t first;
+  int rows, vecs;
+  int64_t low, high;            // keys outside [low, high) are seen by none of them
+  int64_t full_low, full_high;  // keys inside are seen by all of them, as far as causal and window go
+};
+
+// Tiles are balanced, so that 64 queries become 32 + 32 and not 48 + 16.
+struct Tiling {
+  int64_t vectors, tiles;
+  explicit Tiling(int64_t L) : vectors((L + kWidth - 1) / kWidth), tiles((vectors + kMaxVecs - 1) / kMaxVecs) {}
+  int64_t first_vector(int64_t tile) const { return tile * vectors / tiles; }
+};
+
+FT_INLINE Tile make_tile(const Attention& args, const Sequence& s, const Tiling& tiling, int64_t index) {
+  Tile t;
+  t.first = tiling.first_vector(index) * kWidth;
+  const int64_t stop = smaller(tiling.first_vector(index + 1) * kWidth, s.L);
+  t.rows = int(stop - t.first);
+  t.vecs = int((t.rows + kWidth - 1) / kWidth);
+  const int64_t first = t.first + s.shift, last = stop - 1 + s.shift;
+  t.low = t.full_low = 0;
+  t.high = t.full_high = s.S;
+  const auto limit_right = [&](int64_t reach) {
+    t.high = smaller(t.high, last + reach + 1);
+    t.full_high = smaller(t.full_high, first + reach + 1);
+  };
+  if (args.causal != Causal::none) limit_right(0);
+  if (args.window_right >= 0) limit_right(args.window_right);
+  if (args.window_left >= 0) {
+    t.low = larger(0, first - args.window_left);
+    t.full_low = larger(0, last - args.window_left);
+  }
+  return t;
+}
+
+// ---------------------------------------------------------------- transposition
+
+FT_INLINE Vec shuffle(Vec a, Vec b, IVec from) {
+#if defined(__clang__)
+  Vec out;
+  for (int i = 0; i < kWidth; ++i) out[i] = from[i] < kWidth ? a[from[i]] : b[from[i] - kWidth];
+  return out;
+#else
+  return __builtin_shuffle(a, b, from);
+#endif
+}
+
+// Swaps the off-diagonal halves of every 2 * kHalf square; for all powers of two, that is the transpose.
+template <int kHalf>
+FT_INLINE void transpose_steps(Vec* r) {
+  if constexpr (kHalf >= 1) {
+    IVec upper{}, lower{};
+#pragma GCC unroll 16
+    for (int i = 0; i < kWidth; ++i) {
+      upper[i] = (i & kHalf) ? kWidth + i - kHalf : i;
+      lower[i] = (i & kHalf) ? kWidth + i : i + kHalf;
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < kWidth; ++i) {
+      if (i & kHalf) continue;
+      const Vec a = r[i], b = r[i + kHalf];
+      r[i] = shuffle(a, b, upper);
+      r[i + kHalf] = shuffle(a, b, lower);
+    }
+    transpose_steps<kHalf / 2>(r);
+  }
+}
+FT_INLINE void transpose(Vec* r) { transpose_steps<kWidth / 2>(r); }
+
+// rows [vecs * kWidth][ld] -> panel [columns][lanes]; columns up to the next vector are read, and must exist.
+FT_INLINE void rows_to_panel(const float* rows, int64_t ld, int columns, int vecs, float* panel, int64_t lanes) {
+  for (int v = 0; v < vecs; ++v) {
+    for (int c = 0; c < columns; c += kWidth) {
+      Vec r[kWidth];
+      for (int i = 0; i < kWidth; ++i) r[i] = load(rows + (v * kWidth + i) * ld + c);
+      transpose(r);
+      const int count = int(smaller(kWidth, columns - c));
+      for (int i = 0; i < count; ++i) store(panel + (c + i) * lanes + v * kWidth, r[i]);
+    }
+  }
+}
+
+// panel [columns][lanes] -> the first `rows` rows of memory, row stride ld
+template <class T>
+FT_INLINE void panel_to_rows(const float* panel, int64_t lanes, int columns, int rows, T* out, int64_t ld) {
+  for (int v = 0; v * kWidth < rows; ++v) {
+    const int valid = int(smaller(kWidth, rows - v * kWidth));
+    for (int c = 0; c < columns; c += kWidth) {
+      const int count = int(smaller(kWidth, columns - c));
+      Vec r[kWidth];
+      for (int i = 0; i < kWidth; ++i) r[i] = i < count ? load(panel + (c + i) * lanes + v * kWidth) : Vec{};
+      transpose(r);
+      for (int i = 0; i < valid; ++i) store(out + (v * kWidth + i) * ld + c, r[i], count);
+    }
+  }
+}
+
+// ---------------------------------------------------------------- memory to float32 tiles
+
+// `rows` rows of D elements -> [rows][ld] floats times `factor`, zero beyond D (ld is a whole number of vectors).
+// Returns whether all of it is finite.
+template <class T>
+FT_INLINE bool load_rows(const T* in, int64_t stride, int64_t rows, int D, float factor, float* out, int64_t ld) {
+  Vec nonfinite{};
+  const Vec f = splat(factor);
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int d = 0; d < ld; d += kWidth) {
+      const int count = int(smaller(kWidth, D - d));
+      const Vec x = count > 0 ? load(in + r * stride + d, count) : Vec{};
+      nonfinite += x * Vec{};  // 0 for every finite number, NaN for NaN and infinities
+      store(out + r * ld + d, x * f);
+    }
+  }
+  return reduce_sum(nonfinite) == 0.0f;
+}
+
+template <class F>
+FT_INLINE void with_storage(DType dtype, F&& f) {  // dispatch() of dtype.h, without its std:: error path
+  if (dtype == DType::f32) return f(Tag<float>{});
+  if (dtype == DType::f16) return f(Tag<f16>{});
+  return f(Tag<bf16>{});
+}
+
+// Keys j0 ... j0 + count of one sequence, as float32 rows of `ld`.
+struct KeyBlock {
+  int64_t j0;
+  int count;
+  int64_t ld;
+  float *k, *v;
+  // What a weight of 0 may multiply: NaN and Inf replaced by 0. The same memory as k and v if those are finite.
+  float *k_safe, *v_safe;
+};
+
+// The block with its memory laid out from `scratch`, block_floats(D) of it.
+FT_INLINE KeyBlock make_block(float* scratch, int64_t D) {
+  const int64_t ld = row_floats(D), size = kKeys * ld;
+  return {0, 0, ld, scratch, scratch + size, scratch + 2 * size, scratch + 3 * size};
+}
+
+FT_INLINE void copy_finite(const float* in, int64_t count, float* out) {
+  for (int64_t i = 0; i < count; i += kWidth) {
+    const Vec x = load(in + i);
+    store(out + i, x * Vec{} == Vec{} ? x : Vec{});
+  }
+}
+
+FT_INLINE void load_block(const Attention& args, const Sequence& s, int64_t j0, int count, float* spare_k, float* spare_v,
+                          bool wants_v, KeyBlock& block) {
+  block.j0 = j0;
+  block.count = count;
+  const int D = int(args.D);
+  with_storage(args.dtype, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    const T* k = row_of<T>(args, args.k, s, s.hk, s.k0, j0);
+    const bool k_finite = load_rows(k, args.k.row, count, D, 1.0f, block.k, block.ld);
+    block.k_safe = k_finite ? block.k : spare_k;
+    if (!k_finite) copy_finite(block.k, count * block.ld, spare_k);
+    if (wants_v) {
+      const T* v = row_of<T>(args, args.v, s, s.hk, s.k0, j0);
+      const bool v_finite = load_rows(v, args.v.row, count, D, 1.0f, block.v, block.ld);
+      block.v_safe = v_finite ? block.v : spare_v;
+      if (!v_finite) copy_finite(block.v, count * block.ld, spare_v);
+    }
+  });
+}
+
+template <int N>
+struct Int {
+  static constexpr int value = N;
+};
+
+// Calls f(Int<NV>{}) with the tile's number of vectors as a constant.
+template <class F>
+FT_INLINE void with_vecs(int vecs, F&& f) {
+  if (vecs == 3) return f(Int<3>{});
+  if (vecs == 2) return f(Int<2>{});
+  return f(Int<1>{});
+}
+
+}  // namespace fused::cpu::FT_ISA
