@@ -1,6 +1,6 @@
 """Translates batches of token numbers with a Transformer: greedy decoding and beam search.
 
-Each step runs the decoder over the whole prefix again (no key/value cache), and projects the last position alone.
+Keys and values of earlier positions are kept between steps (`DecoderState`); only the newest position is computed.
 """
 
 from __future__ import annotations
@@ -29,8 +29,30 @@ def evaluating(model: torch.nn.Module) -> Iterator[None]:
         model.train(training)
 
 
+class _CachedStep:
+    """A step function of `search.py` over an encoded source: the cache follows the search's choices."""
+
+    def __init__(self, model: Transformer, memory: Tensor, memory_lengths: Tensor, beam_size: int) -> None:
+        self.model, self.beam_size, self.sentences = model, beam_size, len(memory)
+        self.state = model.start(memory, memory_lengths, beam_size=beam_size)
+
+    def __call__(self, prefixes: Tensor, sentences: Tensor, parents: Tensor) -> Tensor:
+        beams = parents.view(-1, self.beam_size)
+        if len(beams) < self.sentences:
+            self.sentences = len(beams)
+            self.state.select(beams[:, 0] // self.beam_size)
+        if self.beam_size > 1 and self.state.length:
+            first_row = torch.arange(0, parents.numel(), self.beam_size, device=parents.device)
+            self.state.reorder((first_row[:, None] + beams % self.beam_size).flatten())
+        return self.model.project(self.model.step(prefixes[:, -1], self.state))
+
+
 def _encode(
-    model: Transformer, source_tokens: Tensor, source_lengths: Tensor | None, max_lengths: Tensor | None
+    model: Transformer,
+    source_tokens: Tensor,
+    source_lengths: Tensor | None,
+    max_lengths: Tensor | None,
+    beam_size: int = 1,
 ) -> tuple[Step, Tensor]:
     """The step function over the encoded source, and the most tokens each sentence may get."""
     if not isinstance(source_tokens, Tensor):
@@ -38,18 +60,13 @@ def _encode(
     if source_tokens.dim() != 2:
         raise ValueError(f"source_tokens must be (B, S), got shape {tuple(source_tokens.shape)}")
     if source_lengths is None:
-        source_lengths = (source_tokens != model.config.padding_idx).sum(1)
+        source_lengths = model.lengths(source_tokens)
     if max_lengths is None:
         max_lengths = source_lengths.long() + 50
     if max_lengths.shape != source_tokens.shape[:1]:
         raise ValueError(f"max_lengths must be ({len(source_tokens)},), got shape {tuple(max_lengths.shape)}")
     memory = model.encode(source_tokens, source_lengths)
-
-    def step(prefixes: Tensor, sentences: Tensor) -> Tensor:
-        hidden = model.decode(prefixes, memory[sentences], source_lengths[sentences])
-        return model.project(hidden[:, -1])
-
-    return step, max_lengths
+    return _CachedStep(model, memory, source_lengths, beam_size), max_lengths
 
 
 def _special(model: Transformer) -> dict[str, int]:
@@ -123,7 +140,7 @@ def beam_search(
     if beam_size == top_beams == 1:
         return greedy(model, source_tokens, source_lengths, max_lengths=max_lengths)
     with evaluating(model):
-        step, max_lengths = _encode(model, source_tokens, source_lengths, max_lengths)
+        step, max_lengths = _encode(model, source_tokens, source_lengths, max_lengths, beam_size)
         return search_beams(
             step,
             max_lengths,

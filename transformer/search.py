@@ -2,10 +2,12 @@
 
 A step function gives the logits of every hypothesis' next token at once:
 
-    step(prefixes (N, t) int64, sentences (N,) int64) -> logits (N, V)
+    step(prefixes (N, t) int64, sentences (N,) int64, parents (N,) int64) -> logits (N, V)
 
-where `prefixes` starts with bos and row n continues sentence `sentences[n]`. Nothing loops over sentences or beams, and
-a sentence leaves the batch as soon as its result can't change.
+Row n is a hypothesis of sentence sentences[n]: bos and the tokens so far. It is row parents[n] of the previous call and
+one more token, which is what a step function with a cache needs (at the first call parents is 0, 1, ... N-1). Nothing
+here loops over sentences or beams, and a sentence leaves the batch as soon as its result can't change; the rows of a
+sentence are together, and sentences keep their order.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-Step = Callable[[Tensor, Tensor], Tensor]
+Step = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 _NEVER = float("-inf")
 
@@ -63,8 +65,8 @@ def _store(
     found.lengths[sentences], found.scores[sentences], found.finished[sentences] = lengths, scores, finished
 
 
-def _next_log_probs(step: Step, prefixes: Tensor, sentences: Tensor) -> Tensor:
-    logits = step(prefixes, sentences)
+def _next_log_probs(step: Step, prefixes: Tensor, sentences: Tensor, parents: Tensor) -> Tensor:
+    logits = step(prefixes, sentences, parents)
     if logits.dim() != 2 or logits.shape[0] != prefixes.shape[0]:
         raise ValueError(f"step must return logits ({prefixes.shape[0]}, V), got {tuple(logits.shape)}")
     return torch.log_softmax(logits if logits.dtype == torch.float64 else logits.float(), -1)
@@ -104,13 +106,14 @@ def search_greedy(
     found = _room(max_lengths, 1, padding_idx)
     sentences = torch.arange(max_lengths.numel(), device=max_lengths.device)
     prefixes = torch.full_like(sentences, bos_idx)[:, None]
-    scores: Tensor | float = 0.0
+    parents, scores = sentences, torch.zeros_like(sentences, dtype=torch.float32)
     while sentences.numel():
-        log_prob, token = _next_log_probs(step, prefixes, sentences).max(-1)
+        log_prob, token = _next_log_probs(step, prefixes, sentences, parents).max(-1)
         _refuse_nan(log_prob)
         scores = scores + log_prob
         prefixes = torch.cat([prefixes, token[:, None]], 1)
         length, ended = prefixes.shape[1] - 1, token == eos_idx
+        parents = torch.arange(len(sentences), device=sentences.device)
         leaving = ended | (max_lengths[sentences] <= length)
         if leaving.any():
             row = leaving.nonzero()[:, 0]
@@ -123,7 +126,7 @@ def search_greedy(
                 ended[row, None],
             )
             stay = (~leaving).nonzero()[:, 0]
-            sentences, prefixes, scores = sentences[stay], prefixes[stay], scores[stay]
+            sentences, parents, prefixes, scores = sentences[stay], parents[stay], prefixes[stay], scores[stay]
     return found
 
 
@@ -192,22 +195,27 @@ def search_beams(
     finished_scores = torch.full_like(alive_log_probs, _NEVER)
     finished_lengths = torch.zeros_like(alive[..., 0])
 
+    parents = torch.arange(alive[..., 0].numel(), device=alive.device).view(alive.shape[:2])
+
     length = 0
     while sentences.numel():
         length += 1
-        log_probs = _next_log_probs(step, alive.flatten(0, 1), sentences.repeat_interleave(beam_size))
+        rows = sentences.repeat_interleave(beam_size)
+        log_probs = _next_log_probs(step, alive.flatten(0, 1), rows, parents.flatten())
         vocabulary = log_probs.shape[1]
         if vocabulary < 2:
             raise ValueError(f"beam search needs at least 2 tokens to choose from, got {vocabulary}")
         log_probs = log_probs.view(*alive.shape[:2], vocabulary) + alive_log_probs[..., None]
         likeliest, place = log_probs.flatten(1).topk(2 * beam_size)
         _refuse_nan(likeliest)
-        token = place % vocabulary
-        parent = (place // vocabulary)[..., None].expand(-1, -1, length)
-        grown = torch.cat([alive.gather(1, parent), token[..., None]], 2)
+        token, beam = place % vocabulary, place // vocabulary
+        grown = torch.cat([alive.gather(1, beam[..., None].expand(-1, -1, length)), token[..., None]], 2)
 
         ended = token == eos_idx
-        alive_log_probs, alive = _best(beam_size, likeliest.masked_fill(ended, _NEVER), grown)
+        first_row = torch.arange(0, rows.numel(), beam_size, device=rows.device)[:, None]
+        alive_log_probs, alive, parents = _best(
+            beam_size, likeliest.masked_fill(ended, _NEVER), grown, first_row + beam
+        )
         finished = F.pad(finished, (0, 1), value=padding_idx)
         finished_scores, finished, finished_lengths = _best(
             beam_size,
@@ -232,7 +240,7 @@ def search_beams(
                 scores.float(),
                 any_finished & (scores > _NEVER),
             )
-            sentences, alive, alive_log_probs = sentences[stay], alive[stay], alive_log_probs[stay]
-            finished, finished_scores = finished[stay], finished_scores[stay]
-            finished_lengths = finished_lengths[stay]
+            sentences, parents = sentences[stay], parents[stay]
+            alive, alive_log_probs = alive[stay], alive_log_probs[stay]
+            finished, finished_scores, finished_lengths = finished[stay], finished_scores[stay], finished_lengths[stay]
     return found

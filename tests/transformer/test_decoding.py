@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import itertools
 import math
+from functools import partial
 
 import pytest
 import torch
 
+from fused_transformer import Transformer, TransformerConfig
+from fused_transformer.decoding import beam_search, greedy
 from fused_transformer.search import search_beams, search_greedy
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 BOS, EOS, VOCABULARY = 1, 2, 5
 INF = float("inf")
@@ -24,8 +29,12 @@ class ToyModel:
         self.logits[..., EOS] += eos_bonus
         self.rows_seen = []
 
-    def step(self, prefixes, sentences):
+    def step(self, prefixes, sentences, parents):
         self.rows_seen.append(len(prefixes))
+        if prefixes.shape[1] > 1:  # each row continues the row that it says it does
+            assert torch.equal(prefixes[:, :-1], self.last_prefixes[parents])
+            assert torch.equal(sentences, self.last_sentences[parents])
+        self.last_prefixes, self.last_sentences = prefixes, sentences
         position = torch.full_like(sentences, prefixes.shape[1] - 1)
         before = prefixes[:, -2] if prefixes.shape[1] > 1 else torch.zeros_like(sentences)
         return self.logits[sentences, position, before, prefixes[:, -1]]
@@ -129,7 +138,7 @@ def test_nothing_finished_gives_the_alive_hypotheses_with_plain_log_probabilitie
 
 
 def test_impossible_hypotheses_are_not_returned_as_finished():
-    def step(prefixes, sentences):  # after bos only 3; after it only eos: one sequence has a probability
+    def step(prefixes, sentences, parents):  # after bos only 3; after it only eos: one sequence has a probability
         logits = torch.full((len(prefixes), VOCABULARY), -INF)
         logits[:, EOS if prefixes.shape[1] > 1 else 3] = 0.0
         return logits
@@ -149,15 +158,17 @@ def test_the_length_penalty_prefers_longer_translations():
     assert lengths[0] < lengths[1] < lengths[2]
 
 
+def step_of_one_sentence(model, sentence, prefixes, rows, parents):
+    return model.step(prefixes, rows + sentence, parents)
+
+
 def test_a_sentence_does_not_depend_on_its_batch():
     model = ToyModel(6, 9)
     limits = torch.tensor([4, 9, 2, 7, 9, 5])
     together = search_beams(model.step, limits, beam_size=3, top_beams=2)
     for sentence in range(6):
-        alone = search_beams(
-            lambda prefixes, rows, s=sentence: model.step(prefixes, rows + s), limits[sentence : sentence + 1],
-            beam_size=3, top_beams=2,
-        )  # fmt: skip
+        step = partial(step_of_one_sentence, model, sentence)
+        alone = search_beams(step, limits[sentence : sentence + 1], beam_size=3, top_beams=2)
         assert alone.tolist()[0] == together.tolist()[sentence]
         assert torch.equal(alone.scores[0], together.scores[sentence])
 
@@ -190,7 +201,7 @@ def test_a_beam_of_one_may_look_past_the_first_eos():
     # Greedy ends with eos at once; the search goes on with the runner-up, which the length penalty then prefers.
     probabilities = torch.tensor([0.0, 0.0, 0.51, 0.49, 0.0])
 
-    def step(prefixes, sentences):
+    def step(prefixes, sentences, parents):
         ended = torch.tensor([0.0, 0.0, 1.0, 0.0, 0.0])
         return (probabilities if prefixes.shape[1] == 1 else ended).log().expand(len(prefixes), -1)
 
@@ -199,7 +210,7 @@ def test_a_beam_of_one_may_look_past_the_first_eos():
 
 
 def test_no_sentences_give_no_hypotheses():
-    def step(prefixes, sentences):
+    def step(prefixes, sentences, parents):
         raise AssertionError("there is nothing to decode")
 
     none = torch.zeros(0, dtype=torch.int64)
@@ -228,15 +239,78 @@ def test_refused_options(options, message):
 @pytest.mark.parametrize("search", [search_greedy, search_beams])
 def test_nan_logits_are_an_error(search):
     with pytest.raises(ValueError, match="NaN"):
-        search(lambda prefixes, rows: torch.full((len(rows), VOCABULARY), math.nan), torch.tensor([3]))
+        search(lambda prefixes, rows, parents: torch.full((len(rows), VOCABULARY), math.nan), torch.tensor([3]))
 
 
 @pytest.mark.parametrize("search", [search_greedy, search_beams])
 def test_logits_of_the_wrong_shape_are_an_error(search):
     with pytest.raises(ValueError, match="step must return logits"):
-        search(lambda prefixes, rows: torch.zeros(len(rows) + 1, VOCABULARY), torch.tensor([3]))
+        search(lambda prefixes, rows, parents: torch.zeros(len(rows) + 1, VOCABULARY), torch.tensor([3]))
 
 
 def test_one_word_to_choose_from_is_an_error():
     with pytest.raises(ValueError, match="at least 2 tokens"):
-        search_beams(lambda prefixes, rows: torch.zeros(len(rows), 1), torch.tensor([3]), eos_idx=0)
+        search_beams(lambda prefixes, rows, parents: torch.zeros(len(rows), 1), torch.tensor([3]), eos_idx=0)
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(3)
+    config = TransformerConfig(
+        source_vocab_size=11, d_model=16, num_heads=2, d_feedforward=32, num_encoder_layers=1, num_decoder_layers=2
+    )
+    return Transformer(config)
+
+
+SOURCE = torch.tensor([[4, 5, 6, 7, 2], [8, 2, 0, 0, 0], [9, 10, 2, 0, 0]])
+LIMITS = torch.tensor([7, 5, 6])
+
+
+def without_cache(model, source):
+    """A step function that runs the decoder over the whole prefix again."""
+    return lambda prefixes, rows, parents: model(source[rows], prefixes)[:, -1]
+
+
+def assert_same(found, expected):
+    assert found.tolist() == expected.tolist()
+    torch.testing.assert_close(found.scores, expected.scores, rtol=1e-4, atol=1e-5)
+    assert torch.equal(found.finished, expected.finished)
+
+
+@pytest.mark.parametrize(("beam_size", "top_beams"), [(2, 1), (4, 3)])
+def test_beam_search_on_a_model_equals_the_search_without_its_cache(model, beam_size, top_beams):
+    expected = search_beams(
+        without_cache(model.eval(), SOURCE), LIMITS, beam_size=beam_size, top_beams=top_beams, length_penalty=0.6
+    )
+    found = beam_search(model, SOURCE, beam_size=beam_size, top_beams=top_beams, max_lengths=LIMITS)
+    assert_same(found, expected)
+
+
+def test_greedy_on_a_model_equals_the_search_without_its_cache(model):
+    expected = search_greedy(without_cache(model.eval(), SOURCE), LIMITS)
+    assert_same(greedy(model, SOURCE, max_lengths=LIMITS), expected)
+    assert_same(beam_search(model, SOURCE, beam_size=1, max_lengths=LIMITS), expected)
+
+
+def test_a_translation_has_at_most_fifty_tokens_more_than_its_source(model):
+    found = greedy(model, SOURCE)
+    assert found.tokens.shape == (3, 1, 55)
+    assert (found.lengths[:, 0] <= torch.tensor([5, 2, 3]) + 50).all()
+
+
+def test_dropout_is_off_while_decoding_and_the_mode_is_left_as_it_was(model):
+    model.train()
+    assert_same(greedy(model, SOURCE, max_lengths=LIMITS), greedy(model, SOURCE, max_lengths=LIMITS))
+    assert model.training
+    model.eval()
+    beam_search(model, SOURCE, beam_size=2, max_lengths=LIMITS)
+    assert not model.training
+
+
+def test_refused_sources(model):
+    with pytest.raises(ValueError, match=r"source_tokens must be \(B, S\), got shape \(5,\)"):
+        greedy(model, SOURCE[0])
+    with pytest.raises(TypeError, match=r"source_tokens must be a torch\.Tensor, got list"):
+        beam_search(model, SOURCE.tolist())
+    with pytest.raises(ValueError, match=r"max_lengths must be \(3,\), got shape \(2,\)"):
+        greedy(model, SOURCE, max_lengths=torch.tensor([3, 3]))
