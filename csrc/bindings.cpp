@@ -5,11 +5,8 @@
 
 #include "common/isa.h"
 
-namespace py = pybind11;
-
-namespace fused {
-void register_attention(py::module_& m);
-}  // namespace fused
+// Each op adds two lines here when its csrc/<op>/bind.cpp exists:
+//   namespace fused { void register_<op>(pybind11::module_& m); }    and below    fused::register_<op>(m);
 
 #ifndef FT_CUDA_ARCHS
 #define FT_CUDA_ARCHS ""
@@ -20,5 +17,4 @@ PYBIND11_MODULE(_C, m) {
   m.attr("cuda_archs") = FT_CUDA_ARCHS;  // "" where this build has no CUDA
   m.def("isa", &fused::cpu::isa_name, "The instruction set the CPU kernels run with.");
   m.def("cpu_threads", &omp_get_max_threads, "The number of OpenMP threads a kernel may use.");
-  fused::register_attention(m);
 }

@@ -6,8 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fused_transformer.kernels import attention, attention_weights, attention_with_lse
-from fused_transformer.kernels._philox import new_seed
+from fused_transformer.kernels import attention, attention_weights, attention_with_lse, new_seed
 from fused_transformer.masks import MultiheadAttentionError, attention_masks, check_masks
 
 
