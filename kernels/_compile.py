@@ -7,7 +7,7 @@ compiled model will hold the ops as nodes of its graph. Eager calls pay one flag
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache, wraps
+from functools import wraps
 from typing import ParamSpec, TypeVar
 
 import torch
@@ -16,10 +16,15 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-@cache
+_disabled: dict[Callable, Callable] = {}  # not functools.cache, which torch.compile warns about
+
+
 def _outside_the_graph(function: Callable[P, R]) -> Callable[P, R]:
     # Made on first use: torch.compiler.disable imports all of torch._dynamo, which takes seconds.
-    return torch.compiler.disable(function)
+    disabled = _disabled.get(function)
+    if disabled is None:
+        disabled = _disabled[function] = torch.compiler.disable(function)
+    return disabled
 
 
 def graph_break(function: Callable[P, R]) -> Callable[P, R]:
