@@ -5,8 +5,12 @@
 
 #include "common/isa.h"
 
-// Each op adds two lines here when its csrc/<op>/bind.cpp exists:
-//   namespace fused { void register_<op>(pybind11::module_& m); }    and below    fused::register_<op>(m);
+namespace py = pybind11;
+
+// One line for each csrc/<op>/bind.cpp, and one in the module below.
+namespace fused {
+void register_attention(py::module_& m);
+}  // namespace fused
 
 #ifndef FT_CUDA_ARCHS
 #define FT_CUDA_ARCHS ""
@@ -17,4 +21,5 @@ PYBIND11_MODULE(_C, m) {
   m.attr("cuda_archs") = FT_CUDA_ARCHS;  // "" where this build has no CUDA
   m.def("isa", &fused::cpu::isa_name, "The instruction set the CPU kernels run with.");
   m.def("cpu_threads", &omp_get_max_threads, "The number of OpenMP threads a kernel may use.");
+  fused::register_attention(m);
 }
