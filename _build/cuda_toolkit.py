@@ -31,13 +31,14 @@ def find_toolkit(with_wheels: bool = True) -> Toolkit | None:
 
 def searched() -> str:
     """The places of find_toolkit, for a message."""
-    named = _named_root()
+    named = named_root()
     if named is not None:
         return f"{named[0]}={named[1]}"
     return "CUDA_HOME (not set), nvcc on PATH, /usr/local/cuda and the nvidia-cuda-nvcc wheel"
 
 
-def _named_root() -> tuple[str, str] | None:
+def named_root() -> tuple[str, str] | None:
+    """The variable that says where the toolkit is, and what it says; None if none is set."""
     for variable in ("CUDA_HOME", "CUDA_PATH"):
         if os.environ.get(variable):
             return variable, os.environ[variable]
@@ -45,7 +46,7 @@ def _named_root() -> tuple[str, str] | None:
 
 
 def _roots(with_wheels: bool) -> Iterator[Path]:
-    named = _named_root()
+    named = named_root()
     if named is not None:
         yield Path(named[1])
         return

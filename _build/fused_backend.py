@@ -4,6 +4,8 @@ toolkit is installed. Any other install downloads nothing but setuptools and pyb
 
 from __future__ import annotations
 
+import shutil
+
 import cuda_toolkit
 import settings
 from setuptools import build_meta
@@ -20,9 +22,8 @@ CUDA_WHEELS = [
 def _compiler_wheels() -> list[str]:
     if settings.cuda_wanted() != "1" or cuda_toolkit.find_toolkit(with_wheels=False) is not None:
         return []
-    named = cuda_toolkit.searched() if "=" in cuda_toolkit.searched() else None
-    # A CUDA_HOME that holds no toolkit is a mistake to report (the build does), not a reason to download one.
-    return [] if named else CUDA_WHEELS
+    # A CUDA_HOME that holds no toolkit is a mistake to report, as the build does, and no reason to download one.
+    return [] if cuda_toolkit.named_root() else CUDA_WHEELS
 
 
 def get_requires_for_build_wheel(config_settings=None):
@@ -31,3 +32,10 @@ def get_requires_for_build_wheel(config_settings=None):
 
 def get_requires_for_build_editable(config_settings=None):
     return build_meta.get_requires_for_build_editable(config_settings) + _compiler_wheels()
+
+
+def build_wheel(wheel_directory, config_settings=None, metadata_directory=None):
+    # setuptools adds to what an earlier build left there: a module that has since been deleted would ship again.
+    for left in (settings.ROOT / "build").glob("lib*"):
+        shutil.rmtree(left)
+    return build_meta.build_wheel(wheel_directory, config_settings, metadata_directory)

@@ -9,7 +9,7 @@ Which files, and how often each:
     *_sm90.cu     by nvcc, for sm_90a alone (wgmma and TMA exist nowhere else); FT_WITH_SM90 says they are there
 
 Objects are kept in build/objects under a hash of all that went into them, so an install after an edit compiles
-what the edit touched.
+what the edit touched. The environment's CXX, CXXFLAGS, LDFLAGS and NVCCFLAGS are heeded; settings.py has the rest.
 """
 
 from __future__ import annotations
@@ -33,9 +33,8 @@ import settings
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError, LinkError, PlatformError
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = settings.ROOT
 CSRC = ROOT / "csrc"
-OBJECTS = ROOT / "build" / "objects"
 
 # baseline is what the compiler assumes unasked: SSE2 on x86-64, NEON on aarch64.
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
@@ -45,6 +44,13 @@ INSTRUCTION_SETS = {"baseline": [], "avx2": AVX2, "avx512": AVX512}
 WARNINGS = ["-Wall", "-Wextra"]
 HOST_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", *WARNINGS]
 CPU_FLAGS = ["-fopenmp", "-ffp-contract=fast", "-fno-math-errno"]
+TRY_IMPORT = """
+import sys
+from importlib.machinery import ExtensionFileLoader
+from importlib.util import module_from_spec, spec_from_loader
+loader = ExtensionFileLoader("_C", sys.argv[1])
+loader.exec_module(module_from_spec(spec_from_loader("_C", loader)))
+"""
 KEPT_PER_SOURCE = 8  # objects of earlier edits and other flags, before the oldest is deleted
 
 
@@ -56,12 +62,12 @@ class Job:
     label: str  # the instruction set, or ""
     command: list[str]
     identity: list[str]
-    target: Path = field(init=False)
+    target: Path = field(init=False)  # the object, once it is there
 
     def __post_init__(self) -> None:
         stem = ".".join(filter(None, [*self.source.relative_to(CSRC).parts, self.label]))
         digest = hashlib.sha256("\0".join([*self.identity, *texts(self.source)]).encode()).hexdigest()[:16]
-        self.target = OBJECTS / f"{stem}.{digest}.o"
+        self.target = settings.objects_folder() / f"{stem}.{digest}.o"
 
     def run(self) -> None:
         if self.target.exists():
@@ -107,7 +113,7 @@ class BuildNative(build_ext):
         self.compiler_version = version_of(self.compiler_command)
         self.toolkit = self._toolkit()
         self.archs = settings.cuda_archs() if self.toolkit else []
-        OBJECTS.mkdir(parents=True, exist_ok=True)
+        settings.objects_folder().mkdir(parents=True, exist_ok=True)
 
         jobs = [*self._cpu_jobs(), *self._cuda_jobs()]
         self._say_plan()
@@ -197,12 +203,28 @@ class BuildNative(build_ext):
         if subprocess.run([*command, "-Wl,--exclude-libs,ALL", "-o", str(part)], check=False).returncode:
             part.unlink(missing_ok=True)
             raise LinkError(f"{output.name} did not link")
+        self._try_import(part)
         part.replace(output)
+
+    def _try_import(self, extension: Path) -> None:
+        """A symbol that no source defines shows only now, and is better told here than at the user's first import."""
+        if self._machine() != platform.machine() or "-fsanitize" in os.environ.get("LDFLAGS", ""):
+            return  # for another machine, or waiting for a runtime that must be loaded first
+        loader = (
+            "from importlib.machinery import ExtensionFileLoader as L; import sys; L('_C', sys.argv[1]).load_module()"
+        )
+        command = [sys.executable, "-W", "ignore", "-c", loader, str(extension)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            extension.unlink()
+            reason = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
+            raise LinkError(f"the extension links but does not import: {reason}")
 
     def _prune(self, jobs: list[Job]) -> None:
         for job in jobs:
             stem = job.target.name.rsplit(".", 2)[0]
-            kept = sorted(OBJECTS.glob(f"{stem}.{'?' * 16}.o"), key=lambda path: path.stat().st_mtime, reverse=True)
+            objects = job.target.parent.glob(f"{stem}.{'?' * 16}.o")
+            kept = sorted(objects, key=lambda path: path.stat().st_mtime, reverse=True)
             for old in kept[KEPT_PER_SOURCE:]:
                 old.unlink(missing_ok=True)
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import re
+from pathlib import Path
 
+ROOT = Path(__file__).resolve().parents[1]
 DEFAULT_CUDA_ARCHS = "80+PTX;90a"
 
 
@@ -38,6 +40,12 @@ def cuda_archs() -> list[str]:
             codes.append(f"compute_{number}")
     # machine code first, PTX last; each once
     return sorted(dict.fromkeys(codes), key=lambda code: code.startswith("compute_"))
+
+
+def objects_folder() -> Path:
+    """FUSED_TRANSFORMER_OBJECTS: where compiled objects are kept for the next build; build/objects if not set."""
+    folder = os.environ.get("FUSED_TRANSFORMER_OBJECTS", "")
+    return Path(folder).resolve() if folder else ROOT / "build" / "objects"
 
 
 def max_jobs() -> int:
