@@ -3,7 +3,7 @@
 Which files, and how often each:
 
     *.simd.cpp    once per instruction set, with FT_ISA its name (csrc/common/isa.h chooses at run time)
-    bind*.cpp     once; these alone see the headers of Python and pybind11
+    bind*.cpp     once; these alone see the headers of Python, pybind11 and CUDA, and FUSED_WITH_CUDA where it is built
     *.cpp         once
     *.cu          by nvcc, for every architecture asked for
     *_sm90.cu     by nvcc, for sm_90a alone (wgmma and TMA exist nowhere else); FT_WITH_SM90 says they are there
@@ -158,15 +158,15 @@ class BuildNative(build_ext):
                 # Their folders may be those of a build environment that is gone tomorrow: versions stand for them.
                 versions = [f"pybind11 {pybind11.__version__}", f"Python {sys.version} {sysconfig.get_platform()}"]
                 folders = [pybind11.get_include(), sysconfig.get_paths()["include"]]
+                if self.toolkit:
+                    versions.append(f"CUDA {self.toolkit.version}")
+                    folders.append(str(self.toolkit.include))
                 yield self._cpu_job(source, "", [*flags, *cuda], versions, folders)
             else:
-                yield self._cpu_job(source, "", [*flags, *cuda])
+                yield self._cpu_job(source, "", flags)
 
     def _cpu_job(self, source: Path, label: str, flags: list[str], versions=(), folders=()) -> Job:
         paths = [f"-I{CSRC}", *(f"-isystem{folder}" for folder in folders)]
-        if self.toolkit and not label:
-            paths.append(f"-isystem{self.toolkit.include}")
-            versions = [*versions, f"CUDA {self.toolkit.version}"]
         identity = [*self.compiler_command, self.compiler_version, *flags, *versions]
         return Job(source, label, [*self.compiler_command, *flags, *paths], identity)
 

@@ -7,7 +7,7 @@ import random
 import pytest
 import torch
 
-from fused_transformer.kernels import _philox
+from fused_transformer.kernels import _philox, attention, use_backend
 
 # philox4x32, 10 rounds: counter, key, result. The known answers published with Salmon et al. 2011 (Random123,
 # kat_vectors).
@@ -115,3 +115,15 @@ def test_manual_seed_governs_new_seeds():
     again = _philox.new_seed(torch.device("cpu"))
     assert first.dtype == torch.int64 and first.shape == (1,)
     assert torch.equal(first, again) and not torch.equal(first, second)
+
+
+def test_the_compiled_kernels_drop_the_same_elements():
+    batch, heads, length, keys = 2, 3, 5, 37
+    q, k = torch.randn(batch, heads, length, 8), torch.randn(batch, heads, keys, 8)
+    v = torch.eye(keys).expand(batch, heads, keys, keys)  # so that the output is the weights themselves
+    seed = torch.tensor([-(2**63) + 12345])
+    with use_backend("cpu"):
+        dropped = attention(q, k, v, dropout_p=0.4, seed=seed) == 0
+    outer = torch.arange(batch * heads).view(batch, heads, 1, 1)
+    row, col = torch.arange(length)[:, None], torch.arange(keys)
+    assert torch.equal(~dropped, _philox.keep_mask(seed, 0.4, outer, row, col))
