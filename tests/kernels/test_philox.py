@@ -119,7 +119,7 @@ def test_manual_seed_governs_new_seeds():
 
 def test_the_compiled_kernels_drop_the_same_elements():
     batch, heads, length, keys = 2, 3, 5, 37
-    q, k = torch.randn(batch, heads, length, 8), torch.randn(batch, heads, keys, 8)
+    q, k = torch.randn(batch, heads, length, keys), torch.randn(batch, heads, keys, keys)
     v = torch.eye(keys).expand(batch, heads, keys, keys)  # so that the output is the weights themselves
     seed = torch.tensor([-(2**63) + 12345])
     with use_backend("cpu"):
