@@ -67,10 +67,11 @@ void step(const AttentionBackward& args, const Sequence& s, const State& state, 
   constexpr int lanes = NV * kWidth;
   const Tile& t = state.tile;
   const KeyBlock& block = scratch.block;
-  const int D = int(args.D), count = int(smaller(block.count, t.high - block.j0));
+  const int D = int(args.D), available = int(smaller(block.count, t.high - block.j0));
   MaskTile& masks = *scratch.masks;
   float *weights = scratch.weights, *dscores = scratch.dscores;
-  if (!load_keep(args, s, t, block.j0, count, masks)) return;
+  const int count = load_keep(args, s, t, block.j0, available, masks);
+  if (count == 0) return;
   load_bias(args, s, t, block.j0, count, masks);
   product<NV, true>(count, D, block.k, block.ld, state.q, lanes, weights, lanes, false);
   mask_scores<NV>(args, s, t, block.j0, count, masks, weights);

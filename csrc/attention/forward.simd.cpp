@@ -27,33 +27,39 @@ void step(const AttentionForward& args, const Sequence& s, const State& state, c
           MaskTile& masks) {
   constexpr int lanes = NV * kWidth;
   const Tile& t = state.tile;
-  const int D = int(args.D), count = int(smaller(block.count, t.high - block.j0));
-  if (!load_keep(args, s, t, block.j0, count, masks)) return;
+  const int D = int(args.D), available = int(smaller(block.count, t.high - block.j0));
+  const int count = load_keep(args, s, t, block.j0, available, masks);
+  if (count == 0) return;
   load_bias(args, s, t, block.j0, count, masks);
   product<NV, true>(count, D, block.k, block.ld, state.q, lanes, scores, lanes, false);
   mask_scores<NV>(args, s, t, block.j0, count, masks, scores);
 
+  // All vectors of a key side by side: each is a chain of dependent maxima and additions, and three hide the latency.
+  Vec before[NV], maximum[NV], shift[NV], sum[NV];
+  for (int v = 0; v < NV; ++v) maximum[v] = before[v] = load(state.maximum + v * kWidth);
+  for (int j = 0; j < count; ++j)
+    for (int v = 0; v < NV; ++v) maximum[v] = vmax(load(scores + j * lanes + v * kWidth), maximum[v]);
   for (int v = 0; v < NV; ++v) {
-    float* column = scores + v * kWidth;
-    const Vec before = load(state.maximum + v * kWidth);
-    Vec maximum = before;
-    for (int j = 0; j < count; ++j) maximum = vmax(load(column + j * lanes), maximum);
     // While a row has seen only masked keys its maximum is -inf: shift by 0, so that exp gives 0 and not NaN.
-    const Vec shift = maximum == splat(-kInf) ? Vec{} : maximum;
-    Vec sum{};
-    for (int j = 0; j < count; ++j) {
-      const Vec weight = exp(load(column + j * lanes) - shift);
-      store(column + j * lanes, weight);
-      sum += weight;
+    shift[v] = maximum[v] == splat(-kInf) ? Vec{} : maximum[v];
+    sum[v] = Vec{};
+  }
+  for (int j = 0; j < count; ++j) {
+    for (int v = 0; v < NV; ++v) {
+      float* score = scores + j * lanes + v * kWidth;
+      const Vec weight = exp(load(score) - shift[v]);
+      store(score, weight);
+      sum[v] += weight;
     }
-    const Vec decay = exp(before - shift);
-    store(state.maximum + v * kWidth, maximum);
-    store(state.sum + v * kWidth, load(state.sum + v * kWidth) * decay + sum);
-    if (reduce_sum(decay == splat(1.0f) ? Vec{} : splat(1.0f)) != 0.0f) {
-      for (int d = 0; d < D; ++d) {
-        float* out = state.out + d * lanes + v * kWidth;
-        store(out, load(out) * decay);
-      }
+  }
+  for (int v = 0; v < NV; ++v) {
+    const Vec decay = exp(before[v] - shift[v]);
+    store(state.maximum + v * kWidth, maximum[v]);
+    store(state.sum + v * kWidth, load(state.sum + v * kWidth) * decay + sum[v]);
+    if (reduce_sum(decay == splat(1.0f) ? Vec{} : splat(1.0f)) == 0.0f) continue;  // no maximum has moved
+    for (int d = 0; d < D; ++d) {
+      float* out = state.out + d * lanes + v * kWidth;
+      store(out, load(out) * decay);
     }
   }
   if (args.dropout_p > 0.0f) {
@@ -84,7 +90,8 @@ void begin(const AttentionForward& args, const Sequence& s, State& state, float*
   const int64_t ld = row_floats(D);
   with_storage(args.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
-    load_rows(row_of<T>(args, args.q, s, s.h, s.q0, t.first), args.q.row, t.rows, D, args.scale, rows, ld);
+    load_rows(row_of<T>(args, args.q, s, s.h, s.q0, t.first), args.q.row, t.rows, D, args.scale, rows, ld,
+              row_of<T>(args, args.k, s, s.hk, s.k0, t.low), args.k.row);
   });
   std::memset(rows + t.rows * ld, 0, sizeof(float) * (lanes - t.rows) * ld);
   rows_to_panel(rows, ld, D, t.vecs, state.q, lanes);

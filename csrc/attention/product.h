@@ -49,27 +49,29 @@ FT_INLINE void product_rows(int K, const float* A, int64_t lda, const float* B, 
     for (int n = 0; n < NV; ++n) store(C + m * ldc + n * kWidth, c[m][n]);
 }
 
-// The last rows, fewer than a full set.
+// The same for a number of rows that is known only now, at most MR.
 template <int MR, int NV, bool kRowMajor>
-void product_rest(int rows, int K, const float* A, int64_t lda, const float* B, int64_t ldb, float* C, int64_t ldc,
-                  bool accumulate) {
+FT_INLINE void product_any(int rows, int K, const float* A, int64_t lda, const float* B, int64_t ldb, float* C,
+                           int64_t ldc, bool accumulate) {
   if (rows == MR) {
     product_rows<MR, NV, kRowMajor>(K, A, lda, B, ldb, C, ldc, accumulate);
   } else if constexpr (MR > 1) {
-    product_rest<MR - 1, NV, kRowMajor>(rows, K, A, lda, B, ldb, C, ldc, accumulate);
+    product_any<MR - 1, NV, kRowMajor>(rows, K, A, lda, B, ldb, C, ldc, accumulate);
   }
 }
 
 // C[M][NV vectors] (+)= A[M][K] B[K][NV vectors]
 template <int NV, bool kRowMajor>
-void product(int M, int K, const float* A, int64_t lda, const float* B, int64_t ldb, float* C, int64_t ldc,
-             bool accumulate) {
+__attribute__((noinline)) void product(int M, int K, const float* A, int64_t lda, const float* B, int64_t ldb, float* C,
+                                       int64_t ldc, bool accumulate) {
   constexpr int MR = rows_in_registers<NV>();
   const int64_t a_step = kRowMajor ? lda : 1;
-  int m = 0;
-  for (; m + MR <= M; m += MR)
-    product_rows<MR, NV, kRowMajor>(K, A + m * a_step, lda, B, ldb, C + m * ldc, ldc, accumulate);
-  if (m < M) product_rest<MR - 1, NV, kRowMajor>(M - m, K, A + m * a_step, lda, B, ldb, C + m * ldc, ldc, accumulate);
+  // Groups of nearly equal size: a last group of one or two rows would wait for its own additions.
+  const int groups = (M + MR - 1) / MR;
+  for (int g = 0; g < groups; ++g) {
+    const int m = M * g / groups, rows = M * (g + 1) / groups - m;
+    product_any<MR, NV, kRowMajor>(rows, K, A + m * a_step, lda, B, ldb, C + m * ldc, ldc, accumulate);
+  }
 }
 
 // The same for rows of any whole number of vectors.

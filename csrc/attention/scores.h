@@ -23,15 +23,17 @@ FT_INLINE void transpose_bytes(uint64_t* w) {  // 8 x 8, one row a word
   swap(4, 0x00000000ffffffffull);
 }
 
-// Loads the block's part of `keep`; false if it masks every score, so that the block can be skipped.
-FT_INLINE bool load_keep(const Attention& args, const Sequence& s, const Tile& t, int64_t j0, int count, MaskTile& tile) {
+// Loads the block's part of `keep`. Returns how many of its first `count` keys need computing: 0 if every score is
+// masked, and without a last run of keys that nobody sees (the padding of a batch).
+FT_INLINE int load_keep(const Attention& args, const Sequence& s, const Tile& t, int64_t j0, int count, MaskTile& tile) {
   tile.has_keep = false;
-  if (args.keep.data == nullptr) return true;
+  if (args.keep.data == nullptr) return count;
   const int64_t* stride = args.keep.stride;
   const uint8_t* base = static_cast<const uint8_t*>(args.keep.data) + s.b * stride[0] + s.h * stride[1] +
                         t.first * stride[2] + j0 * stride[3];
   bool any = false, all = true;
   if (stride[2] == 0) {  // one answer per key
+    while (count > 0 && base[(count - 1) * stride[3]] == 0) --count;
     for (int j = 0; j < count; ++j) {
       const bool keep = base[j * stride[3]] != 0;
       any |= keep;
@@ -69,7 +71,7 @@ FT_INLINE bool load_keep(const Attention& args, const Sequence& s, const Tile& t
     all = every == 0x0101010101010101ull;
   }
   tile.has_keep = any && !all;
-  return any;
+  return any ? count : 0;
 }
 
 // Loads the block's part of `bias` as float32, key by key.

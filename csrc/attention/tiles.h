@@ -144,20 +144,35 @@ FT_INLINE void panel_to_rows(const float* panel, int64_t lanes, int columns, int
 // ---------------------------------------------------------------- memory to float32 tiles
 
 // `rows` rows of D elements -> [rows][ld] floats times `factor`, zero beyond D (ld is a whole number of vectors).
-// Returns whether all of it is finite.
+// Returns whether all of it is finite. Meanwhile asks for the same number of rows at `next`, which are read next: the
+// hardware's own prefetcher stops at every page, and a page is only 16 rows.
 template <class T>
-FT_INLINE bool load_rows(const T* in, int64_t stride, int64_t rows, int D, float factor, float* out, int64_t ld) {
+FT_INLINE bool load_rows(const T* in, int64_t stride, int64_t rows, int D, float factor, float* out, int64_t ld,
+                         const T* next, int64_t next_stride) {
   Vec nonfinite{};
   const Vec f = splat(factor);
+  const int whole = D / kWidth * kWidth;
   for (int64_t r = 0; r < rows; ++r) {
-    for (int d = 0; d < ld; d += kWidth) {
-      const int count = int(smaller(kWidth, D - d));
-      const Vec x = count > 0 ? load(in + r * stride + d, count) : Vec{};
+    const T* row = in + r * stride;
+    float* to = out + r * ld;
+    for (int d = 0; d < whole; d += kWidth) {
+      __builtin_prefetch(next + r * next_stride + d);
+      const Vec x = load(row + d);
       nonfinite += x * Vec{};  // 0 for every finite number, NaN for NaN and infinities
-      store(out + r * ld + d, x * f);
+      store(to + d, x * f);
+    }
+    if (whole == ld) continue;
+    for (int d = whole; d < ld; d += kWidth) {
+      const Vec x = d < D ? load(row + d, D - d) : Vec{};
+      nonfinite += x * Vec{};
+      store(to + d, x * f);
     }
   }
   return reduce_sum(nonfinite) == 0.0f;
+}
+template <class T>
+FT_INLINE bool load_rows(const T* in, int64_t stride, int64_t rows, int D, float factor, float* out, int64_t ld) {
+  return load_rows(in, stride, rows, D, factor, out, ld, in, stride);
 }
 
 template <class F>
@@ -198,12 +213,12 @@ FT_INLINE void load_block(const Attention& args, const Sequence& s, int64_t j0, 
   with_storage(args.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
     const T* k = row_of<T>(args, args.k, s, s.hk, s.k0, j0);
-    const bool k_finite = load_rows(k, args.k.row, count, D, 1.0f, block.k, block.ld);
+    const T* v = row_of<T>(args, args.v, s, s.hk, s.k0, j0);
+    const bool k_finite = load_rows(k, args.k.row, count, D, 1.0f, block.k, block.ld, wants_v ? v : k, args.v.row);
     block.k_safe = k_finite ? block.k : spare_k;
     if (!k_finite) copy_finite(block.k, count * block.ld, spare_k);
     if (wants_v) {
-      const T* v = row_of<T>(args, args.v, s, s.hk, s.k0, j0);
-      const bool v_finite = load_rows(v, args.v.row, count, D, 1.0f, block.v, block.ld);
+      const bool v_finite = load_rows(v, args.v.row, count, D, 1.0f, block.v, block.ld, k + kKeys * args.k.row, args.k.row);
       block.v_safe = v_finite ? block.v : spare_v;
       if (!v_finite) copy_finite(block.v, count * block.ld, spare_v);
     }

@@ -10,11 +10,13 @@
 namespace fused::cpu::FT_ISA {
 namespace {
 
+// The weights of one block, key by key; returns how many of its keys may be seen.
 template <int NV>
-bool tile_weights(const AttentionWeights& args, const Sequence& s, const Tile& t, const KeyBlock& block, int count,
-                  const float* q, const float* lse, float* weights, MaskTile& masks) {
+int tile_weights(const AttentionWeights& args, const Sequence& s, const Tile& t, const KeyBlock& block, const float* q,
+                 const float* lse, float* weights, MaskTile& masks) {
   constexpr int lanes = NV * kWidth;
-  if (!load_keep(args, s, t, block.j0, count, masks)) return false;
+  const int count = load_keep(args, s, t, block.j0, block.count, masks);
+  if (count == 0) return 0;
   load_bias(args, s, t, block.j0, count, masks);
   product<NV, true>(count, int(args.D), block.k, block.ld, q, lanes, weights, lanes, false);
   mask_scores<NV>(args, s, t, block.j0, count, masks, weights);
@@ -32,7 +34,7 @@ bool tile_weights(const AttentionWeights& args, const Sequence& s, const Tile& t
       store(weight, kept ? load(weight) * scale : Vec{});
     });
   }
-  return true;
+  return count;
 }
 
 template <class T>
@@ -61,8 +63,8 @@ void tile_rows(const AttentionWeights& args, const Sequence& s, int64_t index, f
     const int count = int(smaller(kKeys, t.high - j0));
     load_block(args, s, j0, count, spare_k, spare_v, false, block);
     with_vecs(t.vecs, [&](auto n) {
-      if (tile_weights<decltype(n)::value>(args, s, t, block, count, q, lse, weights, masks))
-        panel_to_rows(weights, lanes, count, t.rows, out + j0, args.S);
+      const int visible = tile_weights<decltype(n)::value>(args, s, t, block, q, lse, weights, masks);
+      panel_to_rows(weights, lanes, visible, t.rows, out + j0, args.S);
     });
   }
 }

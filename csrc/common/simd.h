@@ -214,13 +214,12 @@ FT_INLINE Vec round_nearest(Vec x) {  // for |x| < 2^22: the adder's own roundin
 // Exactly 1 at 0; exactly 0 below -87.4, which includes -inf; +inf above 88.73; NaN stays NaN.
 FT_INLINE Vec exp(Vec x) {
   const Vec low = splat(-87.4f), high = splat(88.73f);
-  const Vec clamped = x < low ? low : (x > high ? high : x);
 #if defined(__AVX512F__)
-  const Vec n = (Vec)_mm512_maskz_roundscale_ps(0xffff, (__m512)(clamped * splat(1.44269504f)), 0);
+  const Vec n = (Vec)_mm512_maskz_roundscale_ps(0xffff, (__m512)(x * splat(1.44269504f)), 0);
 #else
-  const Vec n = round_nearest(clamped * splat(1.44269504f));
+  const Vec n = round_nearest(x * splat(1.44269504f));
 #endif
-  Vec r = clamped - n * splat(0.693359375f);
+  Vec r = x - n * splat(0.693359375f);
   r = r - n * splat(-2.12194440e-4f);
   Vec p = splat(1.9875691500e-4f);
   p = p * r + splat(1.3981999507e-3f);
@@ -232,8 +231,10 @@ FT_INLINE Vec exp(Vec x) {
 #if defined(__AVX512F__)
   Vec out = (Vec)_mm512_maskz_scalef_ps(0xffff, (__m512)p, (__m512)n);
 #else
-  // 2^n in two halves, so that n = 128 overflows only in the last product
-  const IVec whole = __builtin_convertvector(n, IVec), first = whole >> 1, second = whole - first;
+  // 2^n in two halves, so that n = 128 overflows only in the last product; n is meaningless where x is outside
+  // [low, high], and what it gives there is not used
+  const IVec whole = __builtin_convertvector(x < low ? low : (x > high ? high : n), IVec);
+  const IVec first = whole >> 1, second = whole - first;
   Vec out = p * as_float((first + 127) << 23) * as_float((second + 127) << 23);
 #endif
   out = x < low ? Vec{} : out;
