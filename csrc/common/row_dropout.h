@@ -22,13 +22,14 @@ struct RowFactors {
 // In each group of four lanes: lane k of out[j] is lane j of w[k] (a 4 x 4 transpose per 128 bits).
 FT_INLINE void transpose_groups(const UVec* w, UVec* out) {
 #if defined(__AVX512F__)
+  // maskz: as in simd.h, no false warning from GCC 12
   const __m512i a = (__m512i)w[0], b = (__m512i)w[1], c = (__m512i)w[2], d = (__m512i)w[3];
-  const __m512i ab_low = _mm512_unpacklo_epi32(a, b), ab_high = _mm512_unpackhi_epi32(a, b);
-  const __m512i cd_low = _mm512_unpacklo_epi32(c, d), cd_high = _mm512_unpackhi_epi32(c, d);
-  out[0] = (UVec)_mm512_unpacklo_epi64(ab_low, cd_low);
-  out[1] = (UVec)_mm512_unpackhi_epi64(ab_low, cd_low);
-  out[2] = (UVec)_mm512_unpacklo_epi64(ab_high, cd_high);
-  out[3] = (UVec)_mm512_unpackhi_epi64(ab_high, cd_high);
+  const __m512i ab_low = _mm512_maskz_unpacklo_epi32(0xffff, a, b), ab_high = _mm512_maskz_unpackhi_epi32(0xffff, a, b);
+  const __m512i cd_low = _mm512_maskz_unpacklo_epi32(0xffff, c, d), cd_high = _mm512_maskz_unpackhi_epi32(0xffff, c, d);
+  out[0] = (UVec)_mm512_maskz_unpacklo_epi64(0xff, ab_low, cd_low);
+  out[1] = (UVec)_mm512_maskz_unpackhi_epi64(0xff, ab_low, cd_low);
+  out[2] = (UVec)_mm512_maskz_unpacklo_epi64(0xff, ab_high, cd_high);
+  out[3] = (UVec)_mm512_maskz_unpackhi_epi64(0xff, ab_high, cd_high);
 #elif defined(__AVX2__)
   const __m256i a = (__m256i)w[0], b = (__m256i)w[1], c = (__m256i)w[2], d = (__m256i)w[3];
   const __m256i ab_low = _mm256_unpacklo_epi32(a, b), ab_high = _mm256_unpackhi_epi32(a, b);
