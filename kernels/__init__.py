@@ -11,5 +11,16 @@ Masks have one meaning on this floor: `keep`, True = attend.
 from fused_transformer.kernels._dispatch import BACKENDS, OPS, use_backend
 from fused_transformer.kernels._philox import new_seed
 from fused_transformer.kernels.attention import attention, attention_weights, attention_with_lse
+from fused_transformer.kernels.embedding import embedding, sinusoidal_positions
 
-__all__ = ["BACKENDS", "OPS", "attention", "attention_weights", "attention_with_lse", "new_seed", "use_backend"]
+__all__ = [
+    "BACKENDS",
+    "OPS",
+    "attention",
+    "attention_weights",
+    "attention_with_lse",
+    "embedding",
+    "new_seed",
+    "sinusoidal_positions",
+    "use_backend",
+]

@@ -17,8 +17,11 @@ import random
 import zlib
 from collections import Counter
 
-import pytest
-import torch
+# Read when libgomp loads, with torch. On busy cores threads that spin at a barrier make small tests 100 times slower.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
 
 
 def pytest_configure(config):

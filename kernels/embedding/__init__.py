@@ -1,0 +1,107 @@
+"""Token embedding: dropout(table[token] · scale + PE[position]), with three kinds of sinusoidal positions."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from fused_transformer.kernels._checks import dense_last, require, require_dropout, require_float
+from fused_transformer.kernels._compile import graph_break
+from fused_transformer.kernels._dispatch import Op
+from fused_transformer.kernels._philox import new_seed
+from fused_transformer.kernels.embedding.positions import Layout, Positions, make_positions, sinusoidal_positions
+
+__all__ = ["embedding", "op", "sinusoidal_positions"]
+
+op = Op(__name__, order=("cuda", "triton", "cpu", "reference"))
+
+
+class _Embedding(torch.autograd.Function):
+    """Shared by all backends. The table itself is not saved: its gradient does not depend on it."""
+
+    @staticmethod
+    def forward(ctx, table, tokens, positions: Positions | None, scale: float, padding_idx, dropout_p: float, seed):
+        backend = op.pick(tokens, table, positions, scale, padding_idx, dropout_p, seed)
+        out = backend.forward(tokens, table, positions, scale, padding_idx, dropout_p, seed)
+        ctx.save_for_backward(tokens, seed)
+        ctx.backend, ctx.rest = backend, (len(table), scale, padding_idx, dropout_p)
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dout):
+        tokens, seed = ctx.saved_tensors
+        dtable = ctx.backend.backward(dense_last(dout), tokens, *ctx.rest, seed)
+        return dtable, None, None, None, None, None, None
+
+
+@graph_break
+def embedding(
+    tokens: Tensor,
+    table: Tensor,
+    *,
+    positions: Layout | None = "interleaved",
+    scale: float | None = None,
+    start: int | Tensor = 0,
+    position_ids: Tensor | None = None,
+    padding_idx: int | None = None,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+) -> Tensor:
+    """Token embedding, scale, sinusoidal positions and dropout in one pass.
+
+        out[b, l] = dropout(scale · table[tokens[b, l]] + PE[start[b] + l])
+
+    Args:
+        tokens: (B, L), or any shape whose last axis is the sequence; int32 or int64, any strides.
+        table: (V, E), float32, float16, bfloat16 or float64 (reference only); any strides.
+        positions: "interleaved" (the paper's), "concat_t2t", "concat_paper": see `sinusoidal_positions`; None: no
+            positions are added. No length is too long: the table behind them grows.
+        scale: default √E.
+        start: the position of the first token of each row: one number, or integers of shape tokens.shape[:-1], (B,).
+        position_ids: int32 or int64, broadcastable to tokens: the position of each token, in place of `start`.
+        padding_idx: tokens of this number give rows of zeros (positions too), and no gradient. Negative: from the
+            table's end.
+        dropout_p: probability of zeroing an element; the others are scaled by 1 / (1 - p).
+        seed: (1,) int64 on the table's device; the mask is a function of it alone. Default: drawn from
+            torch's generator.
+
+    Returns:
+        (*tokens.shape, E) of table's dtype. Differentiable in table; the gradient is dense.
+
+    Raises:
+        IndexError: a token is outside the vocabulary: the sentence says which, and where.
+        ValueError: shapes, dtypes or devices do not fit, or a position is negative; the sentence says which.
+        TypeError: tokens or table is no tensor.
+        NotImplementedError: a backend was forced that refuses these arguments.
+
+    Numerics: arithmetic in float32, positions computed in float64. The gradient is summed in float32 in the order of
+        the tokens: the same bits on every run and with any number of threads.
+    Source: Vaswani et al. 2017, sections 3.4 and 3.5.
+    """
+    if not isinstance(tokens, Tensor):
+        raise TypeError(f"tokens must be a torch.Tensor, got {type(tokens).__name__}")
+    if tokens.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"tokens must be int32 or int64, got {tokens.dtype}")
+    require_float(table=table)
+    if table.dim() != 2:
+        raise ValueError(f"table must have shape (V, E), got {tuple(table.shape)}")
+    if tokens.device != table.device:
+        raise ValueError(f"tokens must be on {table.device}, as table is, got {tokens.device}")
+    vocabulary, width = table.shape
+    if padding_idx is not None:
+        fits = -vocabulary <= padding_idx < vocabulary
+        require(fits, f"padding_idx must be within the vocabulary of {vocabulary}, got {padding_idx}")
+        padding_idx %= vocabulary
+    chosen = make_positions(tokens, positions, start, position_ids)
+    require_dropout(dropout_p, seed, table.device)
+    if dropout_p > 0.0 and seed is None:
+        seed = new_seed(table.device)
+    scale = math.sqrt(width) if scale is None else float(scale)
+    rest = (chosen, scale, padding_idx, float(dropout_p), seed)
+    table, tokens = dense_last(table), tokens.contiguous()
+    if table.requires_grad and torch.is_grad_enabled():
+        return _Embedding.apply(table, tokens, *rest)
+    return op.pick(tokens, table, *rest).forward(tokens, table, *rest)  # decoding a token, autograd is half the time
