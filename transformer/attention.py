@@ -76,6 +76,8 @@ class MultiheadAttention(nn.MultiheadAttention):
         is_causal: bool = False,
         *,
         key_lengths: Tensor | None = None,
+        q_offsets: Tensor | None = None,
+        k_offsets: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Attends from each query to the keys that no mask hides.
 
@@ -88,6 +90,9 @@ class MultiheadAttention(nn.MultiheadAttention):
             average_attn_weights: the mean over the heads instead of each head's weights.
             is_causal: query i sees keys 0 ... i only.
             key_lengths: (N,) integers: keys at and beyond the length are ignored. Batched inputs only.
+            q_offsets, k_offsets: (N + 1,) int32 or int64, for packed batches: query (T, E), key and value hold the
+                sequences one after another, sequence n at q_offsets[n] ... q_offsets[n+1] - 1. k_offsets defaults to
+                q_offsets. No masks but is_causal, and need_weights=False.
 
         Returns:
             out: query's shape.
@@ -96,6 +101,9 @@ class MultiheadAttention(nn.MultiheadAttention):
         """
         if query.is_nested or key.is_nested or value.is_nested:
             return self._forward_nested(query, key, value, key_padding_mask, need_weights, attn_mask, is_causal)
+        if q_offsets is not None or k_offsets is not None:
+            masked = key_padding_mask is not None or attn_mask is not None or key_lengths is not None
+            return self._forward_packed(query, key, value, masked, need_weights, is_causal, q_offsets, k_offsets), None
         batched = self._check(query, key, value, key_padding_mask, attn_mask, key_lengths)
         if not batched and key_padding_mask is not None:
             key_padding_mask = key_padding_mask[None]
@@ -113,8 +121,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         )
         k, v = self._with_added_keys(k, self.bias_k), self._with_added_keys(v, self.bias_v)
 
-        if self.training and self.dropout > 0.0:
-            masks |= {"dropout_p": self.dropout, "seed": new_seed(q.device)}  # one seed: weights and out agree
+        masks |= self._dropout(q.device)
         if not need_weights:
             return self.merge(attention(q, k, v, **masks), batched), None
         heads, lse = attention_with_lse(q, k, v, **masks)
@@ -178,6 +185,28 @@ class MultiheadAttention(nn.MultiheadAttention):
         if self.add_zero_attn:
             extra.append(x.new_zeros(*x.shape[:2], 1, self.head_dim))
         return torch.cat([x, *extra], dim=2) if extra else x
+
+    def _dropout(self, device: torch.device) -> dict:
+        """The op's dropout arguments; weights and out get the same seed, so they agree."""
+        if not self.training or self.dropout == 0.0:
+            return {}
+        return {"dropout_p": self.dropout, "seed": new_seed(device)}
+
+    def _forward_packed(self, query, key, value, masked, need_weights, is_causal, q_offsets, k_offsets):
+        if masked or need_weights or self.bias_k is not None or self.add_zero_attn or q_offsets is None:
+            raise MultiheadAttentionError(
+                "packed batches need q_offsets and need_weights=False, and go with neither masks (but is_causal), "
+                "key_lengths, add_bias_kv nor add_zero_attn"
+            )
+        if not query.dim() == key.dim() == value.dim() == 2:
+            raise MultiheadAttentionError(
+                f"packed query, key and value must be (T, E), got {query.dim()}-D, {key.dim()}-D and {value.dim()}-D"
+            )
+        self._check(query, key, value, None, None, None)
+        q, k, v = (x[0].transpose(0, 1) for x in self.project(query, key, value))  # (T, H, D)
+        causal = "top_left" if is_causal else False
+        heads = attention(q, k, v, q_offsets=q_offsets, k_offsets=k_offsets, causal=causal, **self._dropout(q.device))
+        return self.out_proj(heads.flatten(1))
 
     def _forward_nested(self, query, key, value, key_padding_mask, need_weights, attn_mask, is_causal):
         """Strided nested tensors: what nn.TransformerEncoder makes of a padded batch in eval mode."""

@@ -152,14 +152,16 @@ class EncoderLayer(_Layer):
         key_padding_mask: Tensor | None = None,
         attn_mask: Tensor | None = None,
         is_causal: bool = False,
+        offsets: Tensor | None = None,
         residual: Tensor | None = None,
         chained: bool = False,
     ):
-        """x (B, S, E) to (B, S, E).
+        """x (B, S, E) to (B, S, E); a packed batch (T, E) to (T, E).
 
         Args:
             lengths: (B,) integers, the real tokens of each sequence (padded on the right).
             key_padding_mask, attn_mask, is_causal: as `MultiheadAttention.forward` takes them.
+            offsets: (B + 1,) integers, for packed batches; see `Packing`. No lengths and masks then, but is_causal.
             residual, chained: between the layers of a stack, (x, residual) goes in and comes out. In pre-norm x is then
                 the last sublayer's output, not yet added to the residual: the next norm does it in the same pass.
         """
@@ -174,6 +176,7 @@ class EncoderLayer(_Layer):
                 attn_mask=attn_mask,
                 is_causal=is_causal,
                 key_lengths=lengths,
+                q_offsets=offsets,
             )[0]
 
         return self.run_sublayers((attend, self.feed_forward), x, residual, chained)
@@ -209,16 +212,19 @@ class DecoderLayer(_Layer):
         is_causal: bool = True,
         memory_key_padding_mask: Tensor | None = None,
         memory_attn_mask: Tensor | None = None,
+        offsets: Tensor | None = None,
+        memory_offsets: Tensor | None = None,
         residual: Tensor | None = None,
         chained: bool = False,
     ):
-        """x (B, L, E) and memory (B, S, E), the encoder's output, to (B, L, E).
+        """x (B, L, E) and memory (B, S, E), the encoder's output, to (B, L, E); or both packed, to (T, E).
 
         Args:
             lengths, memory_lengths: (B,) integers, the real tokens of each sequence (padded on the right).
             key_padding_mask, attn_mask, is_causal: of the self-attention, as `MultiheadAttention.forward` takes them;
                 causal unless told otherwise.
             memory_key_padding_mask, memory_attn_mask: of the attention to memory.
+            offsets, memory_offsets: (B + 1,) integers, for packed batches; see `EncoderLayer.forward`.
             residual, chained: see `EncoderLayer.forward`.
         """
 
@@ -232,6 +238,7 @@ class DecoderLayer(_Layer):
                 attn_mask=attn_mask,
                 is_causal=is_causal,
                 key_lengths=lengths,
+                q_offsets=offsets,
             )[0]
 
         def attend_to_memory(y: Tensor) -> Tensor:
@@ -243,6 +250,8 @@ class DecoderLayer(_Layer):
                 need_weights=False,
                 attn_mask=memory_attn_mask,
                 key_lengths=memory_lengths,
+                q_offsets=offsets,
+                k_offsets=memory_offsets,
             )[0]
 
         return self.run_sublayers((attend, attend_to_memory, self.feed_forward), x, residual, chained)

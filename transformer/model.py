@@ -11,6 +11,8 @@ from fused_transformer.config import TransformerConfig
 from fused_transformer.embedding import TokenEmbedding
 from fused_transformer.incremental import DecoderState
 from fused_transformer.layers import AddLayerNorm, DecoderLayer, EncoderLayer
+from fused_transformer.masks import lengths_if_padded_right
+from fused_transformer.packing import Packing, packing_if_worth_it
 
 
 class Encoder(nn.Module):
@@ -26,11 +28,18 @@ class Encoder(nn.Module):
         self.norm = _final_norm(config, device, dtype)
 
     def forward(self, x: Tensor, lengths: Tensor | None = None) -> Tensor:
-        """x (B, S, E) and the real tokens of each sequence, lengths (B,), to (B, S, E)."""
-        residual = None
+        """x (B, S, E) and the real tokens of each sequence, lengths (B,), to (B, S, E).
+
+        Rows of padding hold numbers without meaning. Where much is padding, the layers work on the real tokens alone.
+        """
+        packing = packing_if_worth_it(lengths, x.shape[:2])
+        options, residual = {"lengths": lengths}, None
+        if packing is not None:
+            x, options = packing.pack(x), {"offsets": packing.offsets}
         for layer in self.layers:
-            x, residual = layer(x, lengths, residual=residual, chained=True)
-        return x if self.norm is None else self.norm(x, residual)
+            x, residual = layer(x, **options, residual=residual, chained=True)
+        x = x if self.norm is None else self.norm(x, residual)
+        return x if packing is None else packing.unpack(x)
 
 
 class Decoder(nn.Module):
@@ -49,11 +58,22 @@ class Decoder(nn.Module):
         lengths: Tensor | None = None,
         memory_lengths: Tensor | None = None,
     ) -> Tensor:
-        """x (B, L, E) and memory (B, S, E), with their lengths (B,), to (B, L, E). Position i sees x up to i."""
-        residual = None
+        """x (B, L, E) and memory (B, S, E), with their lengths (B,), to (B, L, E). Position i sees x up to i.
+
+        Rows of padding hold numbers without meaning. Where much is padding, the layers work on the real tokens alone.
+        """
+        packing = packing_if_worth_it(lengths, x.shape[:2])
+        options, residual = {"lengths": lengths, "memory_lengths": memory_lengths}, None
+        if packing is not None:
+            if memory_lengths is None:
+                memory_lengths = lengths.new_full((len(memory),), memory.shape[1])
+            of_memory = Packing.of(memory_lengths, memory.shape[:2])
+            x, memory = packing.pack(x), of_memory.pack(memory)
+            options = {"offsets": packing.offsets, "memory_offsets": of_memory.offsets}
         for layer in self.layers:
-            x, residual = layer(x, memory, lengths, memory_lengths, residual=residual, chained=True)
-        return x if self.norm is None else self.norm(x, residual)
+            x, residual = layer(x, memory, **options, residual=residual, chained=True)
+        x = x if self.norm is None else self.norm(x, residual)
+        return x if packing is None else packing.unpack(x)
 
 
 class Transformer(nn.Module):
@@ -117,10 +137,13 @@ class Transformer(nn.Module):
             source_tokens: (B, S) int64 or int32.
             target_tokens: (B, L), beginning with bos_idx: the translation one step behind what is predicted.
             source_lengths: (B,) integers; None: counted from the padding.
-            target_lengths: (B,) integers; never needed (no position sees later ones), but spares work.
+            target_lengths: (B,) integers; never needed (no position sees later ones), but spares work. None: counted
+                from the padding where the tokens are on the CPU.
         """
         if source_lengths is None:
             source_lengths = self.lengths(source_tokens)
+        if target_lengths is None:
+            target_lengths = lengths_if_padded_right(target_tokens != self.config.padding_idx)
         memory = self.encode(source_tokens, source_lengths)
         return self.project(self.decode(target_tokens, memory, source_lengths, target_lengths))
 

@@ -190,6 +190,53 @@ def test_key_lengths_and_mask_combine():
     assert_equal(padded_twice, ours(**tensors, key_padding_mask=padding(5, 6, 4)))
 
 
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("options", ["plain", "no_bias", "kdim_vdim"])
+def test_packed_batches_equal_their_sequences_one_by_one(options, is_causal):
+    ours, theirs = twins(**OPTIONS[options])
+    lengths, key_lengths = (4, 1, 7), (2, 5, 3)
+    tensors = {
+        "query": normal(12, E),
+        "key": normal(10, ours.kdim),
+        "value": normal(10, ours.vdim),
+    }
+    offsets = {"q_offsets": torch.tensor([0, 4, 5, 12]), "k_offsets": torch.tensor([0, 2, 7, 10])}
+
+    class OneByOne(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = theirs
+
+        def forward(self, query, key, value):
+            sequences = zip(query.split(lengths), key.split(key_lengths), value.split(key_lengths), strict=True)
+            outs = []
+            for q, k, v in sequences:
+                mask = torch.ones(len(q), len(k)).triu(1).bool() if is_causal else None
+                outs.append(self.inner(q, k, v, attn_mask=mask, need_weights=False)[0])
+            return torch.cat(outs), None
+
+    exact, naive = (
+        {name.replace("inner.", ""): x for name, x in results(OneByOne(), tensors, exact=exactly).items()}
+        for exactly in (True, False)
+    )
+    got = results(ours, tensors, need_weights=False, is_causal=is_causal, **offsets)
+    assert_close_to_torch(got, exact, naive)
+
+
+def test_packed_batches_refuse_what_they_cannot_do():
+    module, x, offsets = MultiheadAttention(E, H), normal(5, E), torch.tensor([0, 2, 5])
+    with pytest.raises(ValueError, match="packed batches need q_offsets and need_weights=False"):
+        module(x, x, x, q_offsets=offsets)
+    with pytest.raises(ValueError, match="packed batches need q_offsets"):
+        module(x, x, x, need_weights=False, k_offsets=offsets)
+    with pytest.raises(ValueError, match="go with neither masks"):
+        module(x, x, x, need_weights=False, q_offsets=offsets, attn_mask=bool_mask(5, 5))
+    with pytest.raises(ValueError, match="packed query, key and value must be"):
+        module(x[None], x, x, need_weights=False, q_offsets=offsets)
+    with pytest.raises(ValueError, match="beyond the 5 packed tokens"):
+        module(x, x, x, need_weights=False, q_offsets=offsets + torch.tensor([0, 0, 1]))
+
+
 # ------------------------------------------------------------------ better than torch: masked rows, NaN, the fast path
 
 

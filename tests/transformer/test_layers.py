@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from fused_transformer import AddLayerNorm, DecoderLayer, EncoderLayer, FeedForward, TokenEmbedding
+from fused_transformer.packing import Packing
 from tests.inputs import normal
 from tests.oracle import assert_equal, assert_matches, in_float64, run_with_gradients
 
@@ -139,6 +140,21 @@ def test_a_chained_stack_equals_its_layers_one_by_one(kind):
     for layer in layers:
         branch, residual = layer(branch, *memory, residual=residual, chained=True)
     torch.testing.assert_close(residual + branch, expected)
+
+
+@pytest.mark.parametrize("norm_first", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_packed_batches_equal_padded_ones(kind, norm_first):
+    layer = KINDS[kind](**SIZES, norm_first=norm_first, dropout=0.0)
+    x, memory, memory_lengths = normal(B, L, E), normal(B, S, E), torch.tensor([9, 1, 4])
+    packing, of_memory = Packing.of(LENGTHS, (B, L)), Packing.of(memory_lengths, (B, S))
+    if kind == "encoder":
+        padded, packed = layer(x, LENGTHS), layer(packing.pack(x), offsets=packing.offsets)
+    else:
+        padded = layer(x, memory, LENGTHS, memory_lengths)
+        offsets = {"offsets": packing.offsets, "memory_offsets": of_memory.offsets}
+        packed = layer(packing.pack(x), of_memory.pack(memory), **offsets)
+    torch.testing.assert_close(packed, packing.pack(padded))
 
 
 @pytest.mark.parametrize("norm_first", [False, True])

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fused_transformer import Transformer, TransformerConfig
+from fused_transformer.packing import Packing, packing_if_worth_it
 from tests.oracle import assert_equal
 
 VOCAB, PAD = 31, 0
@@ -188,13 +189,53 @@ def test_source_lengths_hide_what_lies_beyond():
 @pytest.mark.parametrize("variant", ["post_norm", "pre_norm"])
 def test_no_position_sees_the_future(variant):
     model = tiny(**VARIANTS[variant])
-    expected = model(SOURCE, TARGET)
+    target = torch.randint(3, VOCAB, (3, 5))
+    expected = model(SOURCE, target)
     for position in range(1, 5):
-        changed = TARGET.clone()
-        changed[:, position:] = torch.randint(3, VOCAB, changed[:, position:].shape)
+        changed = target.clone()
+        changed[:, position:] = 3 + (changed[:, position:] - 2) % (VOCAB - 3)
         got = model(SOURCE, changed)
         assert_equal(got[:, :position], expected[:, :position])
-        assert not torch.allclose(got[:, position:], expected[:, position:])
+        assert ((got[:, position:] - expected[:, position:]).abs().amax(-1) > 1e-5).all()
+
+
+@pytest.mark.parametrize("variant", ["post_norm", "pre_norm"])
+def test_work_spared_on_padding_changes_no_real_token(variant, monkeypatch):
+    model = tiny(**VARIANTS[variant])
+    real, upstream = (TARGET != PAD), torch.randn(3, 5, VOCAB)
+
+    def run():
+        model.zero_grad()
+        logits = model(SOURCE, TARGET)[real]
+        logits.backward(upstream[real])
+        return {"logits": logits.detach()} | {name: x.grad.clone() for name, x in model.named_parameters()}
+
+    seen = []
+    model.encoder.layers[0].register_forward_pre_hook(lambda _module, args: seen.append(args[0].shape))
+    model.decoder.layers[0].register_forward_pre_hook(lambda _module, args: seen.append(args[0].shape))
+    packed = run()
+    assert seen == [(14, 24), (12, 24)]
+    monkeypatch.setattr("fused_transformer.model.packing_if_worth_it", lambda *_: None)
+    padded = run()
+    assert seen[2:] == [(3, 6, 24), (3, 5, 24)]
+    for name in packed:
+        torch.testing.assert_close(packed[name], padded[name], atol=1e-5, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_packing_takes_the_real_tokens_and_puts_them_back():
+    x = torch.randn(3, 6, 4)
+    packing = Packing.of(LENGTHS, (3, 6))
+    assert_equal(packing.offsets, torch.tensor([0, 6, 9, 14]))
+    packed = packing.pack(x)
+    assert_equal(packed, torch.cat([x[0], x[1, :3], x[2, :5]]))
+    assert_equal(packing.unpack(packed), torch.where(torch.arange(6) < LENGTHS[:, None], 1.0, 0.0)[..., None] * x)
+    assert packing_if_worth_it(torch.tensor([6, 6, 6]), (3, 6)) is None
+    assert packing_if_worth_it(torch.tensor([0, 0, 0]), (3, 6)) is None
+    for lengths in ([6, 7, 1], [6, -1, 2], [6, 3], [6.0, 3.0, 5.0]):
+        with pytest.raises(ValueError, match="lengths must be"):
+            Packing.of(torch.tensor(lengths), (3, 6))
+    with pytest.raises(ValueError, match=r"lengths must be between 0 and 6, got 1 ... 7"):
+        tiny().encode(SOURCE, torch.tensor([1, 7, 1]))
 
 
 def test_the_decoder_sees_all_of_the_source():
