@@ -5,10 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-try:
-    from fused_transformer.kernels import embedding
-except ImportError:
-    from fused_transformer._standin import embedding
+from fused_transformer.kernels import embedding
 
 POSITIONS = ("interleaved", "concat_t2t", "concat_paper")
 
@@ -62,7 +59,7 @@ class TokenEmbedding(nn.Module):
             tokens,
             self.weight,
             positions=self.positions,
-            start=start,
+            start=0 if self.positions is None else start,
             padding_idx=self.padding_idx,
             dropout_p=self.dropout if self.training else 0.0,
         )

@@ -102,7 +102,9 @@ def test_packed_tokens_beyond_the_last_sequence_are_zero(backend, device):
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=dtype_id)
-@pytest.mark.parametrize("options", [{}, {"causal": "top_left"}, {"causal": "bottom_right"}, {"dropout_p": 0.2}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"causal": "top_left"}, {"causal": "bottom_right"}, {"dropout_p": 0.2}], ids=str
+)
 @every_backend
 def test_packed_and_padded_agree_bit_for_bit(backend, options, dtype, device):
     q_lengths, k_lengths = [13, 64, 1, 70, 0], [64, 9, 30, 70, 5]

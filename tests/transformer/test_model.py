@@ -36,6 +36,7 @@ VARIANTS = {
     "concat_t2t": {"positions": "concat_t2t", "tie_embeddings": "target", "target_vocab_size": 37},
     "concat_paper": {"positions": "concat_paper", "tie_embeddings": "separate", "target_vocab_size": 37},
     "gelu_pre_norm_separate": {"activation": "gelu", "norm_first": True, "tie_embeddings": "separate"},
+    "no_positions": {"positions": None},
     "uneven_depth": {"num_encoder_layers": 3, "num_decoder_layers": 1},
     "no_layers": {"num_encoder_layers": 0, "num_decoder_layers": 0},
 }
@@ -54,6 +55,8 @@ def tiny(dropout: float = 0.0, **options) -> Transformer:
 
 
 def paper_positions(length: int, config: TransformerConfig) -> Tensor:
+    if config.positions is None:
+        return torch.zeros(length, config.d_model, dtype=torch.float64)
     half = config.d_model // 2
     p, k = torch.arange(length, dtype=torch.float64)[:, None], torch.arange(half, dtype=torch.float64)
     rate = 10000.0 ** -(k / (half - 1) if config.positions == "concat_t2t" else 2 * k / config.d_model)
