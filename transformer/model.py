@@ -19,13 +19,16 @@ class Encoder(nn.Module):
     """The stack of encoder layers; in pre-norm, one LayerNorm after the last.
 
     Post-norm ends with its last layer's norm, as in the paper (nn.Transformer adds one more).
+
+    Args:
+        num_layers: how many.
+        options: of each layer, as `EncoderLayer` takes them: d_model, num_heads, norm_first ...
     """
 
-    def __init__(self, config: TransformerConfig, device=None, dtype=None) -> None:
+    def __init__(self, num_layers: int = 6, **options) -> None:
         super().__init__()
-        layers = (EncoderLayer(**_layer_options(config, device, dtype)) for _ in range(config.num_encoder_layers))
-        self.layers = nn.ModuleList(layers)
-        self.norm = _final_norm(config, device, dtype)
+        self.layers = nn.ModuleList(EncoderLayer(**options) for _ in range(num_layers))
+        self.norm = _final_norm(**options)
 
     def forward(self, x: Tensor, lengths: Tensor | None = None) -> Tensor:
         """x (B, S, E) and the real tokens of each sequence, lengths (B,), to (B, S, E).
@@ -43,13 +46,15 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """The stack of decoder layers, each attending to the encoder's last; in pre-norm, one LayerNorm after the last."""
+    """The stack of decoder layers, each attending to the encoder's output; in pre-norm, one LayerNorm after the last.
 
-    def __init__(self, config: TransformerConfig, device=None, dtype=None) -> None:
+    Args: as `Encoder`, for `DecoderLayer`.
+    """
+
+    def __init__(self, num_layers: int = 6, **options) -> None:
         super().__init__()
-        layers = (DecoderLayer(**_layer_options(config, device, dtype)) for _ in range(config.num_decoder_layers))
-        self.layers = nn.ModuleList(layers)
-        self.norm = _final_norm(config, device, dtype)
+        self.layers = nn.ModuleList(DecoderLayer(**options) for _ in range(num_layers))
+        self.norm = _final_norm(**options)
 
     def forward(
         self,
@@ -117,8 +122,9 @@ class Transformer(nn.Module):
             if config.tie_embeddings == "shared"
             else TokenEmbedding(config.target_vocab_size, config.d_model, **embedding)
         )
-        self.encoder = Encoder(config, **place)
-        self.decoder = Decoder(config, **place)
+        layers = _layer_options(config) | place
+        self.encoder = Encoder(config.num_encoder_layers, **layers)
+        self.decoder = Decoder(config.num_decoder_layers, **layers)
         self.output_projection = None
         if config.tie_embeddings == "separate":
             self.output_projection = nn.Linear(config.d_model, config.target_vocab_size, bias=False, **place)
@@ -226,7 +232,7 @@ class Transformer(nn.Module):
         return self._target_table()(tokens, start=start)
 
 
-def _layer_options(config: TransformerConfig, device, dtype) -> dict:
+def _layer_options(config: TransformerConfig) -> dict:
     return {
         "d_model": config.d_model,
         "num_heads": config.num_heads,
@@ -237,12 +243,13 @@ def _layer_options(config: TransformerConfig, device, dtype) -> dict:
         "activation": config.activation,
         "norm_first": config.norm_first,
         "layer_norm_eps": config.layer_norm_eps,
-        "device": device,
-        "dtype": dtype,
     }
 
 
-def _final_norm(config: TransformerConfig, device, dtype) -> AddLayerNorm | None:
-    if not config.norm_first:
+def _final_norm(
+    *, d_model=512, dropout=0.1, norm_first=False, layer_norm_eps=1e-5, bias=True, device=None, dtype=None, **_
+) -> AddLayerNorm | None:
+    """The norm that ends a stack of layers with these options; the last layer's dropout is its."""
+    if not norm_first:
         return None
-    return AddLayerNorm(config.d_model, dropout=config.dropout, eps=config.layer_norm_eps, device=device, dtype=dtype)
+    return AddLayerNorm(d_model, dropout=dropout, eps=layer_norm_eps, bias=bias, device=device, dtype=dtype)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from fused_transformer import AddLayerNorm, DecoderLayer, EncoderLayer, FeedForward, TokenEmbedding
+from fused_transformer import AddLayerNorm, Decoder, DecoderLayer, Encoder, EncoderLayer, FeedForward, TokenEmbedding
 from fused_transformer.packing import Packing
 from tests.inputs import normal
 from tests.oracle import assert_equal, assert_matches, in_float64, run_with_gradients
@@ -140,6 +140,33 @@ def test_a_chained_stack_equals_its_layers_one_by_one(kind):
     for layer in layers:
         branch, residual = layer(branch, *memory, residual=residual, chained=True)
     torch.testing.assert_close(residual + branch, expected)
+
+
+@pytest.mark.parametrize("padded", [True, False])
+@pytest.mark.parametrize("norm_first", [False, True])
+def test_stacks_equal_torchs(norm_first, padded):
+    layers = {
+        "encoder": nn.TransformerEncoderLayer(E, H, WIDE, 0.0, batch_first=True, norm_first=norm_first),
+        "decoder": nn.TransformerDecoderLayer(E, H, WIDE, 0.0, batch_first=True, norm_first=norm_first),
+    }
+    norms = [nn.LayerNorm(E) if norm_first else None for _ in range(2)]
+    encoder = nn.TransformerEncoder(layers["encoder"], 2, norms[0], enable_nested_tensor=False)
+    decoder = nn.TransformerDecoder(layers["decoder"], 2, norms[1])
+    for parameter in (*encoder.parameters(), *decoder.parameters()):
+        nn.init.normal_(parameter, std=0.2)
+    options = SIZES | {"norm_first": norm_first, "dropout": 0.0}
+    ours = Encoder(2, **options), Decoder(2, **options)
+    ours[0].load_state_dict(encoder.state_dict())
+    ours[1].load_state_dict(decoder.state_dict())
+    x, target, hidden = normal(B, S, E), normal(B, L, E), padding(9, 1, 4, size=S)
+    lengths = torch.tensor([9, 1, 4]) if padded else None
+    mask = hidden if padded else None
+    expected = encoder(x, src_key_padding_mask=mask)
+    memory = ours[0](x, lengths)
+    real = ~hidden if padded else ...
+    torch.testing.assert_close(memory[real], expected[real])
+    expected = decoder(target, expected, tgt_mask=CAUSAL, memory_key_padding_mask=mask)
+    torch.testing.assert_close(ours[1](target, memory, memory_lengths=lengths), expected)
 
 
 @pytest.mark.parametrize("norm_first", [False, True])
