@@ -10,6 +10,8 @@ from torch import Tensor
 from fused_transformer.kernels import attention
 from fused_transformer.layers import DecoderLayer
 
+CAPACITY_STEP = 32  # positions; `reorder` copies unused ones too, so doubling would cost it up to half its time
+
 
 @dataclass
 class DecoderState:
@@ -20,9 +22,10 @@ class DecoderState:
     Attributes:
         memory: for each layer, keys and values (B, H, S, D) of the encoder's output; a sequence's beams share them.
         memory_lengths: (B,), or None where all of memory is real.
-        cache: (layers, 2, R, H, capacity, D): keys and values of the positions so far; it grows by doubling.
+        cache: (layers, 2, R, H, capacity, D): keys and values of the positions so far; capacity grows as needed.
         length: how many positions there are.
         beam_size: rows of each sequence.
+        spare: cache's memory from before the last `reorder`, for the next one to write to.
     """
 
     memory: list[tuple[Tensor, Tensor]]
@@ -30,19 +33,22 @@ class DecoderState:
     cache: Tensor
     length: int = 0
     beam_size: int = 1
+    spare: Tensor | None = None
 
     def reorder(self, rows: Tensor) -> None:
         """Row i goes on from what row rows[i] holds; rows (R,) integers, each within its own sequence's beams."""
         if rows.shape != (self.cache.shape[2],):
             raise ValueError(f"rows must have shape ({self.cache.shape[2]},), got {tuple(rows.shape)}")
-        filled = self.cache[..., : self.length, :]
-        filled.copy_(filled.index_select(2, rows))
+        # Whole, unused capacity and all: that is one run of memory a row, and one copy instead of two.
+        spare = torch.empty_like(self.cache) if self.spare is None else self.spare
+        torch.index_select(self.cache, 2, rows, out=spare)
+        self.cache, self.spare = spare, self.cache
 
     def select(self, sequences: Tensor) -> None:
         """Go on with these sequences alone: numbers among the B there are (finished ones left out, say)."""
         first = sequences * self.beam_size
         rows = (first[:, None] + torch.arange(self.beam_size, device=first.device)).flatten()
-        self.cache = self.cache.index_select(2, rows)
+        self.cache, self.spare = self.cache.index_select(2, rows), None
         self.memory = [(k.index_select(0, sequences), v.index_select(0, sequences)) for k, v in self.memory]
         if self.memory_lengths is not None:
             self.memory_lengths = self.memory_lengths.index_select(0, sequences)
@@ -51,20 +57,18 @@ class DecoderState:
         """Space for one more position."""
         capacity = self.cache.shape[4]
         if self.length == capacity:
-            wider = self.cache.new_empty(*self.cache.shape[:4], 2 * capacity, self.cache.shape[5])
+            wider = self.cache.new_empty(*self.cache.shape[:4], capacity + CAPACITY_STEP, self.cache.shape[5])
             wider[..., :capacity, :] = self.cache
-            self.cache = wider
+            self.cache, self.spare = wider, None
 
 
-def start(
-    layers: list[DecoderLayer], memory: Tensor, memory_lengths: Tensor | None, beam_size: int, capacity: int = 32
-) -> DecoderState:
+def start(layers: list[DecoderLayer], memory: Tensor, memory_lengths: Tensor | None, beam_size: int) -> DecoderState:
     """The state ahead of the first token."""
     if beam_size < 1:
         raise ValueError(f"beam_size must be at least 1, got {beam_size}")
     projected = [layer.multihead_attn.project_keys(memory, memory) for layer in layers]
     batch, heads, _, width = projected[0][0].shape if projected else (len(memory), 1, 0, 1)
-    cache = memory.new_empty(len(projected), 2, batch * beam_size, heads, capacity, width)
+    cache = memory.new_empty(len(projected), 2, batch * beam_size, heads, CAPACITY_STEP, width)
     return DecoderState(projected, memory_lengths, cache, beam_size=beam_size)
 
 

@@ -330,14 +330,14 @@ def test_steps_equal_decoding_all_at_once(variant):
 def test_reordered_and_selected_rows_go_on_from_their_own_history():
     model = tiny().eval()
     memory, beams = model.encode(SOURCE), 2
-    tokens = torch.randint(3, VOCAB, (6, 9))
+    tokens = torch.randint(3, VOCAB, (6, 40))
     state = model.start(memory, LENGTHS, beam_size=beams)
     rows, kept, kept_rows = torch.tensor([1, 0, 2, 2, 5, 5]), torch.tensor([0, 2]), torch.tensor([0, 1, 4, 5])
-    for i in range(9):
-        if i == 5:
+    for i in range(40):
+        if i in (5, 6, 34):
             state.reorder(rows)
-            tokens = torch.cat([tokens[rows, :5], tokens[:, 5:]], dim=1)
-        if i == 7:
+            tokens = torch.cat([tokens[rows, :i], tokens[:, i:]], dim=1)
+        if i == 36:
             state.select(kept)
             tokens = tokens[kept_rows]
         hidden = model.step(tokens[:, i], state)
