@@ -62,8 +62,8 @@ struct AttentionForward : Attention {
 
 struct AttentionBackward : Attention {
   Rows out, dout, lse;
-  Rows dq;      // dtype
-  Rows dk, dv;  // float32, zero on entry, D padded to a multiple of 16
+  Rows dq;                      // dtype
+  Rows dk, dv;                  // float32, zero on entry, D padded to a multiple of 16
   float* dbias_data = nullptr;  // float32, bias's own shape, zero on entry; nullptr: not wanted
   int64_t dbias_stride[4] = {0, 0, 0, 0};
 };

@@ -6,9 +6,9 @@
 // Five products per tile and block, 10 D operations per score: bound by the FMA units. Chunks of queries (see tiles.h)
 // meet blocks of keys in a fixed order, and every gradient element is one chain of additions in that order; so the
 // result has the same bits however the work is spread over threads. If there are heads enough, a task is a key head and
-// computes all three gradients at once. If not, dK and dV are computed by tasks over ranges of keys and dQ by tasks over
-// chunks, recomputing S and dP once more. A wanted bias gradient is a pass of its own over those bias elements that it
-// sums into.
+// computes all three gradients at once. If not, dK and dV are computed by tasks over ranges of keys and dQ by tasks
+// over chunks, recomputing S and dP once more. A wanted bias gradient is a pass of its own over those bias elements
+// that it sums into.
 
 #include <omp.h>
 
@@ -21,9 +21,9 @@ namespace {
 
 struct State {
   Tile tile;
-  float *q, *dout, *dq;          // panels [D][lanes]
-  float *q_rows, *dout_rows;     // [lanes][ld]
-  float *lse, *delta;            // [lanes]
+  float *q, *dout, *dq;       // panels [D][lanes]
+  float *q_rows, *dout_rows;  // [lanes][ld]
+  float *lse, *delta;         // [lanes]
 };
 
 struct Scratch {
@@ -110,8 +110,7 @@ void step(const AttentionBackward& args, const Sequence& s, const State& state, 
     }
     product_wide<true>(count, t.rows, weights, lanes, state.dout_rows, block.ld, dv, dv_row, vectors, true);
   }
-  if (wanted & kQuery)
-    product<NV, false>(D, count, block.k_safe, block.ld, dscores, lanes, state.dq, lanes, true);
+  if (wanted & kQuery) product<NV, false>(D, count, block.k_safe, block.ld, dscores, lanes, state.dq, lanes, true);
   if (wanted & kBias) add_to_dbias(args, s, t, block.j0, count, dscores, scratch.rows);
 }
 
@@ -159,8 +158,8 @@ void finish(const AttentionBackward& args, const Sequence& s, const State& state
 }
 
 // One chunk of queries against the keys in [begin_key, end_key), which start on a block.
-void chunk(const AttentionBackward& args, const Sequence& s, int64_t index, int64_t begin_key, int64_t end_key, int wanted,
-           float* memory) {
+void chunk(const AttentionBackward& args, const Sequence& s, int64_t index, int64_t begin_key, int64_t end_key,
+           int wanted, float* memory) {
   const Tiling tiling(s.L);
   const int64_t first = index * kTiles, tiles = smaller(kTiles, tiling.tiles - first);
   if (tiles <= 0) return;

@@ -17,8 +17,8 @@ namespace {
 // One tile's running state; panels are [D][lanes], lane = query.
 struct State {
   Tile tile;
-  float *q, *out;             // panels
-  float *maximum, *sum;       // [lanes]
+  float *q, *out;        // panels
+  float *maximum, *sum;  // [lanes]
 };
 
 // Folds one block of keys into the tile's running softmax.

@@ -25,7 +25,8 @@ FT_INLINE void transpose_bytes(uint64_t* w) {  // 8 x 8, one row a word
 
 // Loads the block's part of `keep`. Returns how many of its first `count` keys need computing: 0 if every score is
 // masked, and without a last run of keys that nobody sees (the padding of a batch).
-FT_INLINE int load_keep(const Attention& args, const Sequence& s, const Tile& t, int64_t j0, int count, MaskTile& tile) {
+FT_INLINE int load_keep(const Attention& args, const Sequence& s, const Tile& t, int64_t j0, int count,
+                        MaskTile& tile) {
   tile.has_keep = false;
   if (args.keep.data == nullptr) return count;
   const int64_t* stride = args.keep.stride;
@@ -75,7 +76,8 @@ FT_INLINE int load_keep(const Attention& args, const Sequence& s, const Tile& t,
 }
 
 // Loads the block's part of `bias` as float32, key by key.
-FT_INLINE void load_bias(const Attention& args, const Sequence& s, const Tile& t, int64_t j0, int count, MaskTile& tile) {
+FT_INLINE void load_bias(const Attention& args, const Sequence& s, const Tile& t, int64_t j0, int count,
+                         MaskTile& tile) {
   tile.has_bias = args.bias.data != nullptr;
   if (!tile.has_bias) return;
   const int lanes = t.vecs * kWidth;
@@ -86,7 +88,8 @@ FT_INLINE void load_bias(const Attention& args, const Sequence& s, const Tile& t
                     j0 * stride[3];
     if (stride[2] == 0) {
       for (int j = 0; j < count; ++j)
-        for (int v = 0; v < t.vecs; ++v) store(tile.bias + j * lanes + v * kWidth, splat(to_float(base[j * stride[3]])));
+        for (int v = 0; v < t.vecs; ++v)
+          store(tile.bias + j * lanes + v * kWidth, splat(to_float(base[j * stride[3]])));
     } else if (stride[3] == 1) {
       for (int lane = 0; lane < lanes; lane += kWidth) {
         for (int j = 0; j < count; j += kWidth) {

@@ -20,9 +20,9 @@ struct MaskTile {
 };
 constexpr int64_t kMaskTileFloats = (sizeof(MaskTile) + 63) / 64 * 16;
 
-constexpr int64_t row_floats(int64_t D) { return (D + 15) / 16 * 16; }               // a row, in whole vectors
-constexpr int64_t panel_floats(int64_t D) { return row_floats(D) * kMaxLanes; }      // [D][lanes] or [lanes][D]
-constexpr int64_t block_floats(int64_t D) { return 4 * kKeys * row_floats(D); }      // keys, values and their safe twins
+constexpr int64_t row_floats(int64_t D) { return (D + 15) / 16 * 16; }           // a row, in whole vectors
+constexpr int64_t panel_floats(int64_t D) { return row_floats(D) * kMaxLanes; }  // [D][lanes] or [lanes][D]
+constexpr int64_t block_floats(int64_t D) { return 4 * kKeys * row_floats(D); }  // keys, values and their safe twins
 constexpr int64_t forward_state_floats(int64_t D) { return 2 * panel_floats(D) + 2 * kMaxLanes; }
 constexpr int64_t backward_state_floats(int64_t D) { return 5 * panel_floats(D) + 2 * kMaxLanes; }
 

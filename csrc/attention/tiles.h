@@ -37,7 +37,8 @@ FT_INLINE Sequence sequence(const Attention& args, int64_t b, int64_t h) {
 }
 
 template <class T>
-FT_INLINE T* row_of(const Attention& args, const Rows& x, const Sequence& s, int64_t head, int64_t token0, int64_t row) {
+FT_INLINE T* row_of(const Attention& args, const Rows& x, const Sequence& s, int64_t head, int64_t token0,
+                    int64_t row) {
   const int64_t batch = args.q_offsets == nullptr ? s.b * x.batch : token0 * x.row;
   return static_cast<T*>(x.data) + batch + head * x.head + row * x.row;
 }
@@ -205,8 +206,8 @@ FT_INLINE void copy_finite(const float* in, int64_t count, float* out) {
   }
 }
 
-FT_INLINE void load_block(const Attention& args, const Sequence& s, int64_t j0, int count, float* spare_k, float* spare_v,
-                          bool wants_v, KeyBlock& block) {
+FT_INLINE void load_block(const Attention& args, const Sequence& s, int64_t j0, int count, float* spare_k,
+                          float* spare_v, bool wants_v, KeyBlock& block) {
   block.j0 = j0;
   block.count = count;
   const int D = int(args.D);
@@ -218,7 +219,8 @@ FT_INLINE void load_block(const Attention& args, const Sequence& s, int64_t j0, 
     block.k_safe = k_finite ? block.k : spare_k;
     if (!k_finite) copy_finite(block.k, count * block.ld, spare_k);
     if (wants_v) {
-      const bool v_finite = load_rows(v, args.v.row, count, D, 1.0f, block.v, block.ld, k + kKeys * args.k.row, args.k.row);
+      const bool v_finite =
+          load_rows(v, args.v.row, count, D, 1.0f, block.v, block.ld, k + kKeys * args.k.row, args.k.row);
       block.v_safe = v_finite ? block.v : spare_v;
       if (!v_finite) copy_finite(block.v, count * block.ld, spare_v);
     }

@@ -4,11 +4,11 @@
 #include <sstream>
 #include <stdexcept>
 
-#define FT_REQUIRE(condition, message)            \
-  do {                                            \
-    if (!(condition)) {                           \
-      std::ostringstream text;                    \
-      text << __func__ << ": " << message;        \
-      throw std::invalid_argument(text.str());    \
-    }                                             \
+#define FT_REQUIRE(condition, message)         \
+  do {                                         \
+    if (!(condition)) {                        \
+      std::ostringstream text;                 \
+      text << __func__ << ": " << message;     \
+      throw std::invalid_argument(text.str()); \
+    }                                          \
   } while (false)

@@ -20,24 +20,24 @@ std::string isa_name();
 }  // namespace fused::cpu
 
 #if defined(__x86_64__)
-#define FT_DECLARE_ISA(function, Args)                   \
-  namespace baseline {                                   \
-  void function(const Args&);                            \
-  }                                                      \
-  namespace avx2 {                                       \
-  void function(const Args&);                            \
-  }                                                      \
-  namespace avx512 {                                     \
-  void function(const Args&);                            \
+#define FT_DECLARE_ISA(function, Args) \
+  namespace baseline {                 \
+  void function(const Args&);          \
+  }                                    \
+  namespace avx2 {                     \
+  void function(const Args&);          \
+  }                                    \
+  namespace avx512 {                   \
+  void function(const Args&);          \
   }
-#define FT_DISPATCH_ISA(function, args)      \
-  switch (::fused::cpu::isa()) {             \
-    case ::fused::cpu::Isa::avx512:          \
-      return avx512::function(args);         \
-    case ::fused::cpu::Isa::avx2:            \
-      return avx2::function(args);           \
-    case ::fused::cpu::Isa::baseline:        \
-      return baseline::function(args);       \
+#define FT_DISPATCH_ISA(function, args) \
+  switch (::fused::cpu::isa()) {        \
+    case ::fused::cpu::Isa::avx512:     \
+      return avx512::function(args);    \
+    case ::fused::cpu::Isa::avx2:       \
+      return avx2::function(args);      \
+    case ::fused::cpu::Isa::baseline:   \
+      return baseline::function(args);  \
   }
 #else
 #define FT_DECLARE_ISA(function, Args) \

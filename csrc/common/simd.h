@@ -87,9 +87,9 @@ FT_INLINE uint16_t float_to_half_bits(float x) {
   std::memcpy(&bits, &x, 4);
   const uint32_t sign = (bits >> 16) & 0x8000u;
   bits &= 0x7fffffffu;
-  if (bits > 0x7f800000u) return uint16_t(sign | 0x7e00u);    // NaN
-  if (bits >= 0x477ff000u) return uint16_t(sign | 0x7c00u);   // rounds to infinity
-  if (bits < 0x38800000u) {                                   // subnormal: let the adder round to 2^-24
+  if (bits > 0x7f800000u) return uint16_t(sign | 0x7e00u);   // NaN
+  if (bits >= 0x477ff000u) return uint16_t(sign | 0x7c00u);  // rounds to infinity
+  if (bits < 0x38800000u) {                                  // subnormal: let the adder round to 2^-24
     float magnitude;
     std::memcpy(&magnitude, &bits, 4);
     magnitude += 0.5f;
@@ -181,12 +181,8 @@ FT_INLINE void store(T* p, Vec v, int count) {
   for (int i = 0; i < count; ++i) p[i] = buffer[i];
 }
 #if defined(__AVX512F__)
-FT_INLINE Vec load(const float* p, int count) {
-  return (Vec)_mm512_maskz_loadu_ps(__mmask16((1u << count) - 1u), p);
-}
-FT_INLINE void store(float* p, Vec v, int count) {
-  _mm512_mask_storeu_ps(p, __mmask16((1u << count) - 1u), (__m512)v);
-}
+FT_INLINE Vec load(const float* p, int count) { return (Vec)_mm512_maskz_loadu_ps(__mmask16((1u << count) - 1u), p); }
+FT_INLINE void store(float* p, Vec v, int count) { _mm512_mask_storeu_ps(p, __mmask16((1u << count) - 1u), (__m512)v); }
 #endif
 
 // ---------------------------------------------------------------- arithmetic

@@ -67,7 +67,9 @@ def make_mask(
         k_length = int(k_offsets.diff().max()) if batch else 0
 
     if k_lengths is not None:
-        require(tuple(k_lengths.shape) == (batch,), f"k_lengths must have shape ({batch},), got {tuple(k_lengths.shape)}")
+        require(
+            tuple(k_lengths.shape) == (batch,), f"k_lengths must have shape ({batch},), got {tuple(k_lengths.shape)}"
+        )
         require(k_lengths.device == k.device, f"k_lengths must be on {k.device}, got {k_lengths.device}")
         require(not k_lengths.is_floating_point(), f"k_lengths must be integers, got {k_lengths.dtype}")
         k_lengths = k_lengths.to(torch.int64).contiguous()
@@ -86,8 +88,8 @@ def make_mask(
 
 
 _CAUSAL_HELP = (
-    'causal must be False, "top_left" (query i sees keys 0 ... i) or "bottom_right" (the last query sees the last key), '
-    "got {!r}"
+    'causal must be False, "top_left" (query i sees keys 0 ... i) or "bottom_right" (the last query sees the last '
+    "key), got {!r}"
 )
 
 
@@ -95,9 +97,7 @@ def _offsets(name: str, offsets: Tensor, x: Tensor) -> Tensor:
     require(offsets.dim() == 1 and len(offsets) >= 1, f"{name} must have shape (B + 1,), got {tuple(offsets.shape)}")
     require(offsets.dtype in (torch.int32, torch.int64), f"{name} must be int32 or int64, got {offsets.dtype}")
     require(offsets.device == x.device, f"{name} must be on {x.device}, got {offsets.device}")
-    require(
-        int(offsets[0]) == 0 and bool((offsets.diff() >= 0).all()), f"{name} must start at 0 and never decrease"
-    )
+    require(int(offsets[0]) == 0 and bool((offsets.diff() >= 0).all()), f"{name} must start at 0 and never decrease")
     require(int(offsets[-1]) <= x.shape[0], f"{name} ends at {int(offsets[-1])}, beyond the {x.shape[0]} packed tokens")
     return offsets.to(torch.int64).contiguous()
 
