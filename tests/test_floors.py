@@ -127,6 +127,8 @@ def test_one_word_per_op():
     for op in native:
         assert (ROOT / "csrc" / op / "bind.cpp").exists()
         assert f"fused::register_{op}(m);" in bindings, f"csrc/bindings.cpp does not register {op}"
+    for op in names:
+        assert list((ROOT / "tests" / "kernels").glob(f"test_{op}*.py")), f"{op} has no test of its own"
 
 
 @pytest.mark.parametrize("path", files(*SOURCES, suffixes=NATIVE_SUFFIXES | {".py", ".sh"}), ids=short)
