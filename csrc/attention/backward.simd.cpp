@@ -21,9 +21,10 @@ namespace {
 
 struct State {
   Tile tile;
-  float *q, *dout, *dq;       // panels [D][lanes]
-  float *q_rows, *dout_rows;  // [lanes][ld]
-  float *lse, *delta;         // [lanes]
+  float *q, *dout;                 // panels [D][lanes], lane = query
+  float *q_rows, *dout_rows, *dq;  // [lanes][ld]
+  float *lse, *delta;              // [lanes]
+  bool started;                    // whether dq holds anything yet
 };
 
 struct Scratch {
@@ -63,7 +64,7 @@ void add_to_dbias(const AttentionBackward& args, const Sequence& s, const Tile& 
 }
 
 template <int NV>
-void step(const AttentionBackward& args, const Sequence& s, const State& state, const Scratch& scratch, int wanted) {
+void step(const AttentionBackward& args, const Sequence& s, State& state, const Scratch& scratch, int wanted) {
   constexpr int lanes = NV * kWidth;
   const Tile& t = state.tile;
   const KeyBlock& block = scratch.block;
@@ -96,8 +97,8 @@ void step(const AttentionBackward& args, const Sequence& s, const State& state, 
       store(weights + at, weight);
     }
   }
+  const int vectors = int(block.ld / kWidth);
   if (wanted & kKey) {
-    const int vectors = int(block.ld / kWidth);
     const int64_t dk_row = args.dk.row, dv_row = args.dv.row;
     float* dk = row_of<float>(args, args.dk, s, s.hk, s.k0, block.j0);
     float* dv = row_of<float>(args, args.dv, s, s.hk, s.k0, block.j0);
@@ -110,7 +111,11 @@ void step(const AttentionBackward& args, const Sequence& s, const State& state, 
     }
     product_wide<true>(count, t.rows, weights, lanes, state.dout_rows, block.ld, dv, dv_row, vectors, true);
   }
-  if (wanted & kQuery) product<NV, false>(D, count, block.k_safe, block.ld, dscores, lanes, state.dq, lanes, true);
+  if (wanted & kQuery) {
+    product_wide<false>(t.rows, count, dscores, lanes, block.k_safe, block.ld, state.dq, block.ld, vectors,
+                        state.started);
+    state.started = true;
+  }
   if (wanted & kBias) add_to_dbias(args, s, t, block.j0, count, dscores, scratch.rows);
 }
 
@@ -144,17 +149,33 @@ void begin(const AttentionBackward& args, const Sequence& s, State& state, float
       delta += load(state.dq + d * lanes + v * kWidth) * load(state.dout + d * lanes + v * kWidth);
     store(state.delta + v * kWidth, delta);
   }
-  std::memset(state.dq, 0, sizeof(float) * D * lanes);
+  state.started = false;
 }
 
 void finish(const AttentionBackward& args, const Sequence& s, const State& state) {
   const Tile& t = state.tile;
-  const int D = int(args.D), lanes = t.vecs * kWidth;
-  for (int i = 0; i < D * lanes; i += kWidth) store(state.dq + i, load(state.dq + i) * splat(args.scale));
+  const int D = int(args.D);
+  const int64_t ld = row_floats(D);
+  if (!state.started) std::memset(state.dq, 0, sizeof(float) * t.rows * ld);
   with_storage(args.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
-    panel_to_rows(state.dq, lanes, D, t.rows, row_of<T>(args, args.dq, s, s.h, s.q0, t.first), args.dq.row);
+    T* dq = row_of<T>(args, args.dq, s, s.h, s.q0, t.first);
+    for (int i = 0; i < t.rows; ++i)
+      for (int d = 0; d < D; d += kWidth)
+        store(dq + i * args.dq.row + d, load(state.dq + i * ld + d) * splat(args.scale), int(smaller(kWidth, D - d)));
   });
+}
+
+// Zeros dK and dV of keys [begin, end) of one key head, just ahead of their first use, while they fit the cache.
+void clear(const AttentionBackward& args, const Sequence& s, int64_t begin, int64_t end) {
+  for (const Rows* x : {&args.dk, &args.dv})
+    for (int64_t j = begin; j < end; ++j)
+      std::memset(row_of<float>(args, *x, s, s.hk, s.k0, j), 0, sizeof(float) * row_floats(args.D));
+}
+
+// The keys that a sequence owns: those beyond k_lengths get gradient 0 too.
+int64_t own_keys(const AttentionBackward& args, int64_t b) {
+  return args.k_offsets == nullptr ? args.S : args.k_offsets[b + 1] - args.k_offsets[b];
 }
 
 // One chunk of queries against the keys in [begin_key, end_key), which start on a block.
@@ -210,6 +231,7 @@ void attention_backward(const AttentionBackward& args) {
   if (args.B * args.Hk >= 2 * omp_get_max_threads() || omp_get_max_threads() == 1) {
     parallel_tasks(args.B * args.Hk, work, [&](int64_t task) {
       const int64_t b = task / args.Hk, hk = task % args.Hk;
+      clear(args, sequence(args, b, hk * group), 0, own_keys(args, b));
       for (int64_t h = hk * group; h < (hk + 1) * group; ++h) {
         const Sequence s = sequence(args, b, h);
         for (int64_t c = 0; c < chunks; ++c) chunk(args, s, c, 0, s.S, kQuery | kKey, memory());
@@ -221,6 +243,8 @@ void attention_backward(const AttentionBackward& args) {
     parallel_tasks(args.B * args.Hk * ranges, work, [&](int64_t task) {
       const int64_t range = task / (args.B * args.Hk), head = task % (args.B * args.Hk);
       const int64_t b = head / args.Hk, hk = head % args.Hk;
+      clear(args, sequence(args, b, hk * group), smaller(range * kRange, own_keys(args, b)),
+            smaller((range + 1) * kRange, own_keys(args, b)));
       for (int64_t h = hk * group; h < (hk + 1) * group; ++h) {
         const Sequence s = sequence(args, b, h);
         for (int64_t c = 0; c < chunks; ++c) chunk(args, s, c, range * kRange, (range + 1) * kRange, kKey, memory());

@@ -2,7 +2,7 @@
 //
 // A task is one chunk (up to 4 tiles of queries) of one head. For each block of keys it can see, the block is read once
 // (converted to float32 into 2 x 16 KB), and for each tile: scores = K Q^T, mask, running maximum and sum, then
-// out^T += V^T weights. Per score that is 2 D multiply-adds and one exp; at D = 64 the multiply-adds are three quarters
+// out += weights V. Per score that is 2 D multiply-adds and one exp; at D = 64 the multiply-adds are three quarters
 // of the time, so the kernel is bound by the FMA units. Memory moved: q, k, v and out once per chunk.
 
 #include <omp.h>
@@ -14,16 +14,18 @@
 namespace fused::cpu::FT_ISA {
 namespace {
 
-// One tile's running state; panels are [D][lanes], lane = query.
+// One tile's running state.
 struct State {
   Tile tile;
-  float *q, *out;        // panels
+  float* q;              // panel [D][lanes], lane = query
+  float* out;            // [lanes][ld]
   float *maximum, *sum;  // [lanes]
+  bool started;          // whether out holds anything yet
 };
 
 // Folds one block of keys into the tile's running softmax.
 template <int NV>
-void step(const AttentionForward& args, const Sequence& s, const State& state, const KeyBlock& block, float* scores,
+void step(const AttentionForward& args, const Sequence& s, State& state, const KeyBlock& block, float* scores,
           MaskTile& masks) {
   constexpr int lanes = NV * kWidth;
   const Tile& t = state.tile;
@@ -52,14 +54,18 @@ void step(const AttentionForward& args, const Sequence& s, const State& state, c
       sum[v] += weight;
     }
   }
+  float decay[kMaxLanes];
   for (int v = 0; v < NV; ++v) {
-    const Vec decay = exp(before[v] - shift[v]);
+    const Vec factor = exp(before[v] - shift[v]);
+    store(decay + v * kWidth, factor);
     store(state.maximum + v * kWidth, maximum[v]);
-    store(state.sum + v * kWidth, load(state.sum + v * kWidth) * decay + sum[v]);
-    if (reduce_sum(decay == splat(1.0f) ? Vec{} : splat(1.0f)) == 0.0f) continue;  // no maximum has moved
-    for (int d = 0; d < D; ++d) {
-      float* out = state.out + d * lanes + v * kWidth;
-      store(out, load(out) * decay);
+    store(state.sum + v * kWidth, load(state.sum + v * kWidth) * factor + sum[v]);
+  }
+  if (state.started) {
+    for (int i = 0; i < t.rows; ++i) {
+      if (decay[i] == 1.0f) continue;  // its maximum has not moved
+      float* out = state.out + i * block.ld;
+      for (int d = 0; d < block.ld; d += kWidth) store(out + d, load(out + d) * splat(decay[i]));
     }
   }
   if (args.dropout_p > 0.0f) {
@@ -68,16 +74,18 @@ void step(const AttentionForward& args, const Sequence& s, const State& state, c
       store(weight, kept ? load(weight) : Vec{});
     });
   }
-  product<NV, false>(D, count, block.v_safe, block.ld, scores, lanes, state.out, lanes, true);
+  const int vectors = int(block.ld / kWidth);
+  product_wide<false>(t.rows, count, scores, lanes, block.v_safe, block.ld, state.out, block.ld, vectors,
+                      state.started);
+  state.started = true;
   if (block.v_safe != block.v) {  // NaN and Inf of values that are attended to: the product above took them as 0
     for (int j = 0; j < count; ++j) {
       for (int d = 0; d < D; ++d) {
-        if (block.v[j * block.ld + d] == block.v_safe[j * block.ld + d]) continue;
-        for (int v = 0; v < NV; ++v) {
-          const Vec weight = load(scores + j * lanes + v * kWidth);
-          float* out = state.out + d * lanes + v * kWidth;
-          const Vec reached = load(out) + weight * splat(block.v[j * block.ld + d]);
-          store(out, weight == Vec{} ? load(out) : reached);
+        const float value = block.v[j * block.ld + d];
+        if (value == block.v_safe[j * block.ld + d]) continue;
+        for (int i = 0; i < t.rows; ++i) {
+          const float weight = scores[j * lanes + i];
+          if (weight != 0.0f) state.out[i * block.ld + d] += weight * value;
         }
       }
     }
@@ -95,7 +103,7 @@ void begin(const AttentionForward& args, const Sequence& s, State& state, float*
   });
   std::memset(rows + t.rows * ld, 0, sizeof(float) * (lanes - t.rows) * ld);
   rows_to_panel(rows, ld, D, t.vecs, state.q, lanes);
-  std::memset(state.out, 0, sizeof(float) * D * lanes);
+  state.started = false;
   for (int i = 0; i < lanes; ++i) {
     state.maximum[i] = -kInf;
     state.sum[i] = 0.0f;
@@ -104,18 +112,18 @@ void begin(const AttentionForward& args, const Sequence& s, State& state, float*
 
 void finish(const AttentionForward& args, const Sequence& s, const State& state) {
   const Tile& t = state.tile;
-  const int D = int(args.D), lanes = t.vecs * kWidth;
-  for (int v = 0; v < t.vecs; ++v) {
-    const Vec sum = load(state.sum + v * kWidth);
-    const Vec factor = sum == Vec{} ? Vec{} : splat(args.dropout_scale) / sum;
-    for (int d = 0; d < D; ++d) {
-      float* out = state.out + d * lanes + v * kWidth;
-      store(out, load(out) * factor);
-    }
-  }
+  const int D = int(args.D);
+  const int64_t ld = row_floats(D);
+  if (!state.started) std::memset(state.out, 0, sizeof(float) * t.rows * ld);
   with_storage(args.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
-    panel_to_rows(state.out, lanes, D, t.rows, row_of<T>(args, args.out, s, s.h, s.q0, t.first), args.out.row);
+    T* out = row_of<T>(args, args.out, s, s.h, s.q0, t.first);
+    for (int i = 0; i < t.rows; ++i) {
+      const float sum = state.sum[i];
+      const Vec factor = splat(sum == 0.0f ? 0.0f : args.dropout_scale / sum);
+      for (int d = 0; d < D; d += kWidth)
+        store(out + i * args.out.row + d, load(state.out + i * ld + d) * factor, int(smaller(kWidth, D - d)));
+    }
   });
   float* lse = row_of<float>(args, args.lse, s, s.h, s.q0, t.first);
   for (int i = 0; i < t.rows; ++i) {
@@ -145,7 +153,7 @@ void chunk(const AttentionForward& args, int64_t b, int64_t h, int64_t index, fl
     state.maximum = state.out + panel_floats(D);
     state.sum = state.maximum + kMaxLanes;
     next = state.sum + kMaxLanes;
-    begin(args, s, state, state.out);  // `out` holds the rows until they are transposed, and is cleared after
+    begin(args, s, state, state.out);  // `out` lends its memory to the rows until they are transposed
     low = smaller(low, state.tile.low);
     high = larger(high, state.tile.high);
   }

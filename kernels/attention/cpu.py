@@ -34,9 +34,10 @@ def forward(q, k, v, mask: Mask, scale, dropout_p, seed):
 
 
 def backward(dout, q, k, v, out, lse, mask: Mask, scale, dropout_p, seed, wants_dbias):
-    # Every query row is written; keys that no query sees are not, so theirs start at zero.
-    dq = torch.zeros_like(q) if mask.packed or mask.k_length == 0 else torch.empty_like(q)
-    dk, dv = _padded_zeros(k), _padded_zeros(v)
+    # The kernel writes the rows of all sequences, but not packed tokens that belong to none.
+    complete = mask.q_length > 0 and mask.k_length > 0 and not mask.packed
+    dq = torch.empty_like(q) if complete else torch.zeros_like(q)
+    dk, dv = (_padded(x) if complete else _padded(x).zero_() for x in (k, v))
     dbias = torch.zeros(mask.bias.shape, dtype=torch.float32) if wants_dbias else None
     if mask.k_length > 0:
         scratch = _scratch("backward", q)
@@ -98,12 +99,12 @@ def _scores(x: Tensor | None) -> tuple[int, int, int, int, int]:
     return (x.data_ptr(), *(0 if size == 1 else stride for size, stride in zip(x.shape, x.stride(), strict=True)))
 
 
-def _padded_zeros(k: Tensor) -> Tensor:
-    """float32 zeros in k's shape and memory order, with its last axis rounded up to whole vectors."""
+def _padded(k: Tensor) -> Tensor:
+    """float32 memory in k's shape and order, its last axis rounded up to whole vectors."""
     width = -(-k.shape[-1] // 16) * 16
     if width == k.shape[-1]:
-        return torch.zeros_like(k, dtype=torch.float32)
-    return torch.zeros((*k.shape[:-1], width), dtype=torch.float32)
+        return torch.empty_like(k, dtype=torch.float32)
+    return torch.empty((*k.shape[:-1], width), dtype=torch.float32)
 
 
 def _scratch(direction: str, q: Tensor) -> Tensor:
