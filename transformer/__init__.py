@@ -4,10 +4,14 @@ from importlib.metadata import version
 
 from fused_transformer.attention import MultiheadAttention
 from fused_transformer.config import TransformerConfig
+from fused_transformer.decoding import beam_search, greedy
 from fused_transformer.embedding import TokenEmbedding
 from fused_transformer.feed_forward import FeedForward
 from fused_transformer.layers import AddLayerNorm, DecoderLayer, EncoderLayer
+from fused_transformer.loss import smoothed_cross_entropy
 from fused_transformer.model import Decoder, Encoder, Transformer
+from fused_transformer.schedule import NoamLR
+from fused_transformer.search import Hypotheses
 
 __version__ = version("fused-transformer")
 
@@ -18,9 +22,14 @@ __all__ = [
     "Encoder",
     "EncoderLayer",
     "FeedForward",
+    "Hypotheses",
     "MultiheadAttention",
+    "NoamLR",
     "TokenEmbedding",
     "Transformer",
     "TransformerConfig",
     "__version__",
+    "beam_search",
+    "greedy",
+    "smoothed_cross_entropy",
 ]

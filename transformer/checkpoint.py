@@ -1,0 +1,156 @@
+"""Checkpoints: one safetensors file with weights, configuration, vocabulary and, to go on training, everything else.
+
+    tensors    "model.<parameter>", "tokenizer" (the sentencepiece model's bytes), further tensors of the training state
+    metadata   "format" and "version", "state" (JSON: the configuration, and what the training state adds), "sha256"
+
+A file is written beside its destination and renamed into place, so that a crash leaves the old one or the new one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from fused_transformer.config import TransformerConfig
+from fused_transformer.model import Transformer
+from fused_transformer.tokenizer import Tokenizer
+
+FORMAT, VERSION = "fused_transformer checkpoint", 1
+BEST, LAST = "best.safetensors", "last.safetensors"
+
+State = dict[str, Any]
+
+
+def _digest(tensors: dict[str, Tensor], state: str) -> str:
+    digest = hashlib.sha256(state.encode())
+    for name in sorted(tensors):
+        x = tensors[name]
+        digest.update(f"{name} {x.dtype} {tuple(x.shape)}".encode())
+        digest.update(x.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def write_file(path: str | Path, tensors: dict[str, Tensor], state: State) -> None:
+    """Write tensors and a JSON-ready state to `path`, whole or not at all.
+
+    Raises:
+        OSError: the folder can't be written to, or is full; a file that was at `path` is still there.
+    """
+    path = Path(path)
+    tensors = {name: x.detach().cpu().contiguous() for name, x in tensors.items()}
+    text = json.dumps(state)
+    metadata = {"format": FORMAT, "version": str(VERSION), "state": text, "sha256": _digest(tensors, text)}
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
+    try:
+        with open(unfinished, "wb") as file:
+            file.write(save(tensors, metadata=metadata))
+            file.flush()
+            os.fsync(file.fileno())  # ahead of the rename, or a power cut could leave an empty file under the name
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)  # and now the name itself is on the disk
+    finally:
+        os.close(folder)
+
+
+def read_file(path: str | Path) -> tuple[dict[str, Tensor], State]:
+    """The tensors and the state that `write_file` wrote.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is damaged, or not a checkpoint of this package, or of a later version of it.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no checkpoint at {path}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a dict)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged, or not a checkpoint: {error}") from None
+    if metadata.get("format") != FORMAT:
+        raise ValueError(f"{path} is a safetensors file, but not a checkpoint of fused_transformer")
+    if not metadata.get("version", "").isdecimal() or int(metadata["version"]) > VERSION:
+        raise ValueError(
+            f"{path} has checkpoint version {metadata.get('version')}; this fused_transformer reads up to {VERSION}"
+        )
+    state = metadata.get("state", "")
+    if metadata.get("sha256") != _digest(tensors, state):
+        raise ValueError(f"{path} is damaged: its contents do not match its checksum")
+    return tensors, json.loads(state)
+
+
+def save_checkpoint(
+    path: str | Path,
+    model: Transformer,
+    tokenizer: Tokenizer,
+    state: State | None = None,
+    tensors: dict[str, Tensor] | None = None,
+) -> None:
+    """Write a model with its vocabulary, and whatever else belongs to it.
+
+    Args:
+        state: further values, JSON-ready.
+        tensors: further tensors.
+
+    Raises:
+        OSError: it could not be written; a file that was at `path` is still there.
+    """
+    everything = {f"model.{name}": x for name, x in model.state_dict().items()}
+    everything["tokenizer"] = torch.frombuffer(bytearray(tokenizer.to_bytes()), dtype=torch.uint8)
+    write_file(path, {**(tensors or {}), **everything}, {**(state or {}), "config": model.config.to_dict()})
+
+
+def load_checkpoint(path: str | Path) -> tuple[Transformer, Tokenizer, State, dict[str, Tensor]]:
+    """The model (on the CPU, in training mode), its tokenizer, and the further state and tensors.
+
+    Raises:
+        FileNotFoundError, ValueError: as `read_file`; ValueError also where weights, configuration and vocabulary do
+            not fit together.
+    """
+    tensors, state = read_file(path)
+    try:
+        config = TransformerConfig.from_dict(state.pop("config"))
+        tokenizer = Tokenizer(tensors.pop("tokenizer").numpy().tobytes())
+        model = Transformer(config)
+        weights = {name: tensors.pop(name) for name in list(tensors) if name.startswith("model.")}
+        model.load_state_dict({name.removeprefix("model."): x for name, x in weights.items()})
+    except KeyError as error:
+        raise ValueError(f"{path} is not a whole checkpoint: it has no {error.args[0]!r}") from None
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} does not hold together: {error}") from None
+    if len(tokenizer) != config.source_vocab_size:
+        raise ValueError(
+            f"{path} does not hold together: its vocabulary has {len(tokenizer)} tokens, "
+            f"its model {config.source_vocab_size}"
+        )
+    return model, tokenizer, state, tensors
+
+
+def find_checkpoint(path: str | Path) -> Path:
+    """The file itself, or the best checkpoint of a folder that `train` wrote.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        if not path.exists():
+            raise FileNotFoundError(f"there is no checkpoint at {path}")
+        return path
+    for name in (BEST, LAST):
+        if (path / name).is_file():
+            return path / name
+    raise FileNotFoundError(f"there is no checkpoint in {path}: neither {BEST} nor {LAST}")

@@ -1,0 +1,251 @@
+"""A training from start to end: steps, validation, checkpoints, averaging, and stopping at any moment without loss."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from fused_transformer.checkpoint import BEST, LAST, read_file, save_checkpoint
+from fused_transformer.evaluation import Validation
+from fused_transformer.tokenizer import Tokenizer
+from fused_transformer.training import Trainer
+from fused_transformer.translation import Translator
+
+SNAPSHOTS = "snapshots"
+
+
+class StopSignal:
+    """Inside the block, Ctrl-C (SIGINT) or SIGTERM only sets `requested`; a second one acts as it always does."""
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._handlers: dict[int, Any] = {}
+
+    def __enter__(self) -> StopSignal:
+        if threading.current_thread() is threading.main_thread():  # Python allows handlers nowhere else
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._handlers[number] = signal.signal(number, self._request)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        self._handlers.clear()
+
+    def _request(self, number: int, frame: FrameType | None) -> None:
+        self.requested = True
+        self.__exit__()
+
+
+class _Stopped(Exception):
+    """Raised inside a validation to break it off."""
+
+
+@dataclass
+class Progress:
+    """What a run knows beside the trainer's state; part of each checkpoint.
+
+    seconds: time spent in `TrainingRun.run`, all of it, over all resumptions.
+    validated: the step of the last validation.
+    best: "step", "loss" and "bleu" of the best checkpoint, None as long as there is none.
+    history: the same of each validation, with "seconds" and "train_loss".
+    """
+
+    seconds: float = 0.0
+    validated: int = 0
+    best: dict[str, Any] | None = None
+    history: list[dict[str, Any]] = field(default_factory=list)
+
+
+class TrainingRun:
+    """Trains until a number of steps or minutes, and keeps checkpoints in a folder.
+
+    `last.safetensors` holds everything to go on; `best.safetensors` the model with the highest BLEU on the validation
+    set (the lower loss wins a tie), or, without one, the last. At the end the weights of the last `average` validations
+    are averaged, and become the best if their BLEU is the highest.
+
+    Args:
+        trainer: what is run.
+        tokenizer: saved with the model.
+        folder: where checkpoints go.
+        settings: JSON-ready values saved with them.
+        validation: None to do without.
+        every: steps from one validation and checkpoint to the next.
+        average: how many to average; 0 or 1: none.
+        say: takes each line of the report.
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        tokenizer: Tokenizer,
+        folder: Path,
+        settings: dict[str, Any],
+        *,
+        validation: Validation | None = None,
+        every: int = 1000,
+        average: int = 5,
+        say: Callable[[str], object] = tqdm.write,
+    ) -> None:
+        self.trainer, self.tokenizer, self.folder, self.settings = trainer, tokenizer, folder, settings
+        self.validation, self.every, self.average, self.say = validation, every, average, say
+        self.progress = Progress()
+        self.fingerprint = trainer.corpus.fingerprint()
+        self._losses: deque[float] = deque(maxlen=100)
+
+    def resume(self, state: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
+        """Go on from a checkpoint's further state and tensors; the model has its weights already.
+
+        Raises:
+            ValueError: it has no training state, or the text or the options are not those it was trained with.
+        """
+        if "trainer" not in state:
+            raise ValueError(f"the checkpoint holds a model but no training state; {LAST} holds both")
+        if state["fingerprint"] != self.fingerprint:
+            raise ValueError("the training text is not the text this training was begun with")
+        self.trainer.load_state(state["trainer"], tensors)
+        self.progress = Progress(**state["progress"])
+
+    def run(self, steps: int, minutes: float | None = None) -> bool:
+        """Train up to `steps` steps in all, or `minutes` in all; True if done, False if a signal stopped it."""
+        trainer, progress = self.trainer, self.progress
+        begun = time.monotonic() - progress.seconds
+        steps_before, tokens_before, seconds_before = trainer.step, trainer.tokens, progress.seconds
+
+        with StopSignal() as stop, _bar(steps, minutes) as bar:
+            while not stop.requested:
+                progress.seconds = time.monotonic() - begun
+                over = trainer.step >= steps or (minutes is not None and progress.seconds >= 60 * minutes)
+                if trainer.step > progress.validated and (over or trainer.step % self.every == 0):
+                    self._check_point(stop)
+                    continue
+                if over:
+                    break
+                self._losses.append(trainer.train_step())
+                rate = (trainer.tokens - tokens_before) / (time.monotonic() - begun - seconds_before)
+                bar.set_postfix_str(self._postfix(rate), refresh=False)
+                bar.update(trainer.step - bar.n if minutes is None else min(progress.seconds, bar.total) - bar.n)
+            progress.seconds = time.monotonic() - begun
+            if trainer.step > steps_before or stop.requested:
+                self._save(LAST, whole=True)
+            if not stop.requested:
+                self._finish(stop)
+            return not stop.requested
+
+    def _postfix(self, tokens_per_second: float) -> str:
+        rate = self.trainer.schedule.get_last_lr()[0]
+        return (
+            f"step {self.trainer.step}, epoch {self.trainer.batches.epoch + 1}, loss {self._train_loss():.3f}, "
+            f"lr {rate:.2e}, {tokens_per_second:.0f} target tokens/s"
+        )
+
+    def _train_loss(self) -> float:
+        return sum(self._losses) / max(len(self._losses), 1)
+
+    def _measure(self, stop: StopSignal) -> tuple[float, float] | None:
+        """Validation loss and BLEU of the model as it is; None if a signal came in between."""
+
+        def on_batch(_: int) -> None:
+            if stop.requested:
+                raise _Stopped
+
+        assert self.validation is not None
+        try:
+            return self.validation.measure(Translator(self.trainer.model, self.tokenizer), on_batch)
+        except _Stopped:
+            return None
+
+    def _check_point(self, stop: StopSignal) -> None:
+        """Validate, keep the best, a snapshot to average, and the state to go on from."""
+        step = self.trainer.step
+        if self.validation is not None:
+            measured = self._measure(stop)
+            if measured is None:
+                return  # not noted as validated, so a resumed run does it again
+            loss, bleu = measured
+            entry = {"step": step, "loss": loss, "bleu": bleu}
+            better = self._keep_if_best(entry)
+            self.progress.history.append({**entry, "seconds": self.progress.seconds, "train_loss": self._train_loss()})
+            self.say(
+                f"step {step}  {self.progress.seconds / 60:.1f} min  train loss {self._train_loss():.3f}  "
+                f"valid loss {loss:.3f}  BLEU {bleu:.2f}{'  best' if better else ''}"
+            )
+            if self.average > 1:
+                self._snapshot()
+        self.progress.validated = step
+        self._save(LAST, whole=True)
+
+    def _keep_if_best(self, entry: dict[str, Any]) -> bool:
+        best = self.progress.best
+        better = best is None or (entry["bleu"], -entry["loss"]) > (best["bleu"], -best["loss"])
+        if better:
+            self.progress.best = entry
+            self._save(BEST)
+        return better
+
+    def _save(self, name: str, whole: bool = False) -> None:
+        state: dict[str, Any] = {"settings": self.settings, "progress": asdict(self.progress)}
+        tensors = None
+        if whole:
+            state["trainer"], tensors = self.trainer.state()
+            state["fingerprint"] = self.fingerprint
+        save_checkpoint(self.folder / name, self.trainer.model, self.tokenizer, state, tensors)
+
+    def _snapshot(self) -> None:
+        folder = self.folder / SNAPSHOTS
+        folder.mkdir(exist_ok=True)
+        self._save(f"{SNAPSHOTS}/step-{self.trainer.step:09d}.safetensors")
+        for old in sorted(folder.glob("step-*.safetensors"))[: -self.average]:
+            old.unlink()
+
+    def _finish(self, stop: StopSignal) -> None:
+        """Average the snapshots, if there are, and see whether that is better."""
+        if self.validation is None:
+            self._save(BEST)
+            return
+        paths = sorted((self.folder / SNAPSHOTS).glob("step-*.safetensors"))
+        if self.average < 2 or len(paths) < 2:
+            return
+        model = self.trainer.model
+        trained = {name: x.clone() for name, x in model.state_dict().items()}
+        model.load_state_dict(averaged_weights(paths))
+        measured = self._measure(stop)
+        if measured is not None:
+            loss, bleu = measured
+            better = self._keep_if_best({"step": self.trainer.step, "loss": loss, "bleu": bleu, "averaged": len(paths)})
+            self.say(
+                f"average of the last {len(paths)}  valid loss {loss:.3f}  BLEU {bleu:.2f}{'  best' if better else ''}"
+            )
+        model.load_state_dict(trained)
+
+
+def averaged_weights(paths: list[Path]) -> dict[str, torch.Tensor]:
+    """The mean of the weights of several checkpoints of one model, in float64 and back.
+
+    Source: Vaswani et al. 2017, section 6.1.
+    """
+    total: dict[str, torch.Tensor] = {}
+    for path in paths:
+        for name, x in read_file(path)[0].items():
+            if name.startswith("model."):
+                name = name.removeprefix("model.")
+                total[name] = total[name] + x.double() if name in total else x.double()
+    return {name: (x / len(paths)).float() for name, x in total.items()}
+
+
+def _bar(steps: int, minutes: float | None) -> tqdm:
+    # disable=None: no bar where standard error is not a terminal
+    if minutes is None:
+        return tqdm(total=steps, unit="step", disable=None, dynamic_ncols=True)
+    layout = "{percentage:3.0f}%|{bar}| {n:.0f}/{total:.0f} s [{postfix}]"
+    return tqdm(total=60 * minutes, bar_format=layout, disable=None, dynamic_ncols=True)
