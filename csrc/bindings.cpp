@@ -11,6 +11,7 @@ namespace py = pybind11;
 namespace fused {
 void register_attention(py::module_& m);
 void register_embedding(py::module_& m);
+void register_layer_norm(py::module_& m);
 }  // namespace fused
 
 #ifndef FT_CUDA_ARCHS
@@ -24,4 +25,5 @@ PYBIND11_MODULE(_C, m) {
   m.def("cpu_threads", &omp_get_max_threads, "The number of OpenMP threads a kernel may use.");
   fused::register_attention(m);
   fused::register_embedding(m);
+  fused::register_layer_norm(m);
 }

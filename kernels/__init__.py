@@ -12,15 +12,29 @@ from fused_transformer.kernels._dispatch import BACKENDS, OPS, use_backend
 from fused_transformer.kernels._philox import new_seed
 from fused_transformer.kernels.attention import attention, attention_weights, attention_with_lse
 from fused_transformer.kernels.embedding import embedding, sinusoidal_positions
+from fused_transformer.kernels.layer_norm import (
+    add_layer_norm,
+    add_layer_norm_with_total,
+    add_rms_norm,
+    add_rms_norm_with_total,
+    layer_norm,
+    rms_norm,
+)
 
 __all__ = [
     "BACKENDS",
     "OPS",
+    "add_layer_norm",
+    "add_layer_norm_with_total",
+    "add_rms_norm",
+    "add_rms_norm_with_total",
     "attention",
     "attention_weights",
     "attention_with_lse",
     "embedding",
+    "layer_norm",
     "new_seed",
+    "rms_norm",
     "sinusoidal_positions",
     "use_backend",
 ]

@@ -1,0 +1,118 @@
+// Layer norm forward on the CPU: one thread a row, and memory is passed over once. The row's total is made in a
+// buffer that stays in the first-level cache, where the sums and the output read it again.
+//
+// Moves 2 (3 with residual, 4 with total kept) * M * N elements; bound by memory.
+
+#include "../common/parallel.h"
+#include "../common/stream.h"
+#include "columns.h"
+
+namespace fused::cpu::FT_ISA {
+namespace {
+
+constexpr int64_t kHeld = 8192;  // the longest row kept on the stack: 32 KiB; a longer one is summed again from memory
+constexpr int64_t kTaskElements = 8192;  // rows that one thread takes at a time hold about this much
+
+// The row's total as numbers that lie in memory already.
+struct HeldRow {
+  const float* row;
+
+  template <class F>
+  FT_INLINE void each(int64_t N, const F& f) const {
+    each_vector(N, [&](int64_t i, int count, int slot) FT_LAMBDA { f(i, count, slot, load(row + i, count)); });
+  }
+};
+
+// The row's total, computed at every visit.
+template <class T>
+struct SummedRow {
+  const T* x;
+  const T* residual;
+  Untyped<T> x_bias;
+  const RowDropout* dropout;
+  int64_t index;
+
+  template <class F>
+  FT_INLINE void each(int64_t N, const F& f) const {
+    each_vector(N, dropout, index, [&](int64_t i, int count, int slot, Vec factor) FT_LAMBDA {
+      Vec total = load(x + i, count);
+      if (x_bias.data) total += x_bias.at(i, count);
+      total *= factor;
+      if (residual) total += load(residual + i, count);
+      f(i, count, slot, rounded<T>(total));
+    });
+  }
+};
+
+// Statistics and output of one row. The variance is summed around the mean: sum(x^2) - mean^2 would lose it where
+// |mean| >> std. What the mean's own rounding left behind is summed in the same pass and taken off again.
+template <class T, class Row>
+void normalise(const LayerNormForward& args, const Row& source, const Output<T>& y_rows, int64_t row) {
+  const int64_t N = args.N;
+  float mean = 0.0f;
+  if (!args.rms) {
+    RowSum sum;
+    source.each(N, [&](int64_t, int, int slot, Vec total) FT_LAMBDA { sum.slot[slot] += total; });
+    mean = sum.value() / float(N);
+  }
+  RowSum rest, squares;
+  source.each(N, [&](int64_t, int count, int slot, Vec total) FT_LAMBDA {
+    const Vec centred = only_first(total - mean, count);
+    rest.slot[slot] += centred;
+    squares.slot[slot] += centred * centred;
+  });
+  const float correction = args.rms ? 0.0f : rest.value() / float(N);
+  const float variance = squares.value() / float(N) - correction * correction;
+  const float rstd = 1.0f / __builtin_sqrtf(variance + args.eps);
+  if (args.mean) args.mean[row] = mean + correction;
+  if (args.rstd) args.rstd[row] = rstd;
+
+  const float shift = -correction * rstd;
+  const auto y = y_rows.row(row);
+  with_affine<T>(args.weight, args.bias, args.param_dtype, [&](auto weight, auto bias) {
+    source.each(N, [&](int64_t i, int count, int, Vec total) FT_LAMBDA {
+      const Vec normal = (total - mean) * rstd + shift;
+      y.put(i, normal * weight.at(i, count) + bias.at(i, count), count);
+    });
+  });
+}
+
+template <class T>
+void forward_row(const LayerNormForward& args, const Output<T>& y, const Output<T>& total_out,
+                 const RowDropout* dropout, int64_t row) {
+  const T* x = static_cast<const T*>(args.x) + row * args.x_stride;
+  const T* residual = args.residual ? static_cast<const T*>(args.residual) + row * args.residual_stride : nullptr;
+  if constexpr (sizeof(T) == 4)
+    if (!residual && !args.x_bias && !dropout && !total_out.data) return normalise(args, HeldRow{x}, y, row);
+
+  const SummedRow<T> source{x, residual, {args.x_bias, args.param_dtype == DType::f32, 0.0f}, dropout, row};
+  float held[kHeld];
+  const bool hold = args.N <= kHeld;
+  const auto kept = total_out.row(row);
+  if (hold || kept.data) {
+    source.each(args.N, [&](int64_t i, int count, int, Vec total) FT_LAMBDA {
+      if (hold) store(held + i, total, count);
+      if (kept.data) kept.put(i, total, count);
+    });
+  }
+  if (hold) return normalise(args, HeldRow{held}, y, row);
+  normalise(args, source, y, row);
+}
+
+}  // namespace
+
+void layer_norm_forward(const LayerNormForward& args) {
+  const RowDropout dropout = dropout_of(args);
+  const int64_t wanted = kTaskElements / args.N, rows = wanted < 1 ? 1 : wanted;
+  dispatch(args.dtype, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    const Output<T> y(args.y, args.M, args.N), total(args.total, args.M, args.N);
+    parallel_for((args.M + rows - 1) / rows, args.M * args.N, [&](int64_t task) {
+      for (int64_t row = task * rows; row < args.M && row < (task + 1) * rows; ++row)
+        forward_row<T>(args, y, total, args.seed ? &dropout : nullptr, row);
+      stream_fence();
+    });
+  });
+}
+
+}  // namespace fused::cpu::FT_ISA

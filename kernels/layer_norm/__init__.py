@@ -1,0 +1,241 @@
+"""Layer norm and RMS norm, alone or fused with the residual sum, bias and dropout that come before them."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from fused_transformer.kernels._checks import require_dropout, require_float, require_same
+from fused_transformer.kernels._compile import graph_break
+from fused_transformer.kernels._dispatch import Op
+from fused_transformer.kernels._philox import new_seed
+
+op = Op(__name__, order=("cuda", "triton", "cpu", "reference"))
+
+
+class Wanted(NamedTuple):
+    """Which gradients `backward` is asked for."""
+
+    dx: bool
+    dresidual: bool
+    dx_bias: bool
+    dweight: bool
+    dbias: bool
+
+
+class _LayerNorm(torch.autograd.Function):
+    """Shared by all backends: they save the same tensors."""
+
+    @staticmethod
+    def forward(ctx, x, residual, x_bias, weight, bias, seed, eps, dropout_p, rms, wants_total, wants_backward):
+        keep_total = wants_total or wants_backward
+        arguments = (x, residual, x_bias, weight, bias, seed, eps, dropout_p, rms, keep_total, wants_backward)
+        backend = op.pick(*arguments)
+        y, total, mean, rstd = backend.forward(*arguments)
+        if wants_backward:
+            # without a residual, x_bias and dropout the total is x, and no backend copies it
+            ctx.save_for_backward(x if total is None else total, weight, mean, rstd, seed)
+            ctx.backend, ctx.dropout_p, ctx.rms = backend, dropout_p, rms
+            ctx.param_dtypes = [None if p is None else p.dtype for p in (x_bias, weight, bias)]
+            ctx.set_materialize_grads(False)
+        return (y, total) if wants_total else y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy, dtotal=None):
+        total, weight, mean, rstd, seed = ctx.saved_tensors
+        wants_dx, wants_dresidual, wants_dx_bias, wants_dweight, wants_dbias = ctx.needs_input_grad[:5]
+        wanted = Wanted(
+            wants_dx, wants_dresidual, wants_dx_bias, wants_dweight and dy is not None, wants_dbias and dy is not None
+        )
+        given = {dtype for dtype in ctx.param_dtypes if dtype is not None}
+        param_dtype = torch.float32 if torch.float32 in given else total.dtype
+        dx, dresidual, *sums = ctx.backend.backward(
+            dy, dtotal, total, weight, mean, rstd, seed, ctx.dropout_p, ctx.rms, param_dtype, wanted
+        )
+        sums = [s if s is None else s.to(dtype) for s, dtype in zip(sums, ctx.param_dtypes, strict=True)]
+        return dx, dresidual, *sums, None, None, None, None, None, None
+
+
+@graph_break
+def layer_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, *, eps: float = 1e-5) -> Tensor:
+    """Normalise the last axis of x to mean 0 and variance 1, then scale and shift it.
+
+        y = (x - mean(x)) / √(var(x) + eps) · weight + bias          var is the biased variance
+
+    Args:
+        x: (..., N), N >= 1. float32, float16, bfloat16 or float64 (reference only); any strides (a last axis that
+            is not contiguous is copied).
+        weight: (N,), the dtype of x or float32; None: 1.
+        bias: (N,), likewise; None: 0.
+        eps: added to the variance, at least 0.
+
+    Returns:
+        (..., N), contiguous, the dtype and device of x.
+
+    Raises:
+        TypeError: an argument is not a tensor.
+        ValueError: shapes, dtypes or devices do not fit; the sentence says which.
+        NotImplementedError: a backend was forced that refuses these arguments.
+
+    Numerics: arithmetic in float32; the variance is summed around the mean, so that it holds where |mean| >> std;
+        error at most twice that of plain torch in the same dtype. A row's result does not depend on the other rows.
+    Backward: dx, dweight, dbias; the same bits on every run and for every number of threads. Once differentiable.
+    Source: Ba, Kiros and Hinton 2016, arXiv:1607.06450, eq. 3-4.
+    """
+    return _run(x, None, None, weight, bias, None, eps, 0.0, rms=False, wants_total=False)
+
+
+@graph_break
+def rms_norm(x: Tensor, weight: Tensor | None = None, *, eps: float = 1e-5) -> Tensor:
+    """Scale the last axis of x to mean square 1.
+
+        y = x / √(mean(x²) + eps) · weight
+
+    Arguments, result, errors and numerics as in `layer_norm`.
+
+    Source: Zhang and Sennrich 2019, arXiv:1910.07467, eq. 4.
+    """
+    return _run(x, None, None, weight, None, None, eps, 0.0, rms=True, wants_total=False)
+
+
+@graph_break
+def add_layer_norm(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    x_bias: Tensor | None = None,
+    eps: float = 1e-5,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+) -> Tensor:
+    """What follows a sublayer in a post-norm Transformer, in one pass over memory.
+
+        total = residual + dropout(x + x_bias)
+        y     = (total - mean(total)) / √(var(total) + eps) · weight + bias          var is the biased variance
+
+    Args:
+        x: (..., N), N >= 1: the sublayer's output. float32, float16, bfloat16 or float64 (reference only); any strides.
+        residual: x's shape. If its dtype is another, both are taken in the wider one, as x + residual would be.
+        weight: (N,), the dtype of x or float32; None: 1.
+        bias: (N,), likewise; None: 0.
+        x_bias: (N,), likewise; None: 0: the bias of the sublayer's last projection, left to this op.
+        eps: added to the variance, at least 0.
+        dropout_p: probability of zeroing an element of x + x_bias; the others are scaled by 1 / (1 - p).
+        seed: (1,) int64 on x's device; the mask is a function of it alone. Default: drawn from torch's generator.
+
+    Returns:
+        y: x's shape, dtype and device; contiguous. Without a gradient to come, total is never written to memory.
+
+    Raises:
+        TypeError: an argument is not a tensor.
+        ValueError: shapes, dtypes or devices do not fit; the sentence says which.
+        NotImplementedError: a backend was forced that refuses these arguments.
+
+    Numerics: arithmetic in float32; the variance is summed around the mean, so that it holds where |mean| >> std;
+        error at most twice that of plain torch in the same dtype. As in eager torch, total is rounded to its dtype
+        before it is normalised.
+    Backward: dx, dresidual, dweight, dbias, dx_bias; the mask is drawn again, not stored; the same bits on every run
+        and for every number of threads. Once differentiable.
+    Source: Vaswani et al. 2017, sections 3.1 and 5.4: LayerNorm(x + Dropout(Sublayer(x))).
+    """
+    return _run(x, residual, x_bias, weight, bias, seed, eps, dropout_p, rms=False, wants_total=False)
+
+
+@graph_break
+def add_layer_norm_with_total(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    x_bias: Tensor | None = None,
+    eps: float = 1e-5,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`add_layer_norm`, and the sum itself: a pre-norm Transformer normalises the stream and goes on with it.
+
+    Returns:
+        y: as `add_layer_norm`.
+        total: residual + dropout(x + x_bias), x's shape and dtype. Both are differentiable.
+    """
+    return _run(x, residual, x_bias, weight, bias, seed, eps, dropout_p, rms=False, wants_total=True)
+
+
+@graph_break
+def add_rms_norm(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor | None = None,
+    *,
+    x_bias: Tensor | None = None,
+    eps: float = 1e-5,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+) -> Tensor:
+    """`rms_norm` of residual + dropout(x + x_bias); arguments, errors and numerics as in `add_layer_norm`."""
+    return _run(x, residual, x_bias, weight, None, seed, eps, dropout_p, rms=True, wants_total=False)
+
+
+@graph_break
+def add_rms_norm_with_total(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor | None = None,
+    *,
+    x_bias: Tensor | None = None,
+    eps: float = 1e-5,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`add_rms_norm`, and the sum itself, as in `add_layer_norm_with_total`."""
+    return _run(x, residual, x_bias, weight, None, seed, eps, dropout_p, rms=True, wants_total=True)
+
+
+def _run(x, residual, x_bias, weight, bias, seed, eps, dropout_p, *, rms: bool, wants_total: bool):
+    x, residual = _checked(x, residual, x_bias, weight, bias)
+    if not eps >= 0.0:
+        raise ValueError(f"eps must be at least 0, got {eps}")
+    require_dropout(dropout_p, seed, x.device)
+    if dropout_p == 0.0:
+        seed = None
+    elif seed is None:
+        seed = new_seed(x.device)
+    tensors = (x, residual, x_bias, weight, bias)
+    wants_backward = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    arguments = (*tensors, seed, float(eps), float(dropout_p), rms, wants_total, wants_backward)
+    if wants_backward or forward_ad._current_level >= 0:  # forward-mode AD: autograd must see the call to refuse it
+        return _LayerNorm.apply(*arguments)
+    y, total, _, _ = op.pick(*arguments).forward(*arguments)  # half the host time of apply()
+    return (y, total) if wants_total else y
+
+
+def _checked(x, residual, x_bias, weight, bias) -> tuple[Tensor, Tensor | None]:
+    """x and residual in one dtype, if all five go together. Messages are made only where they are raised."""
+    require_float(x=x, residual=residual, weight=weight, bias=bias, x_bias=x_bias)
+    shape, device = x.shape, x.device
+    if not shape or shape[-1] < 1:
+        raise ValueError(f"x must have shape (..., N) with N >= 1, got {tuple(shape)}")
+    if residual is not None:
+        if residual.shape != shape:
+            raise ValueError(f"residual must have x's shape {tuple(shape)}, got {tuple(residual.shape)}")
+        if residual.dtype != x.dtype:
+            wider = torch.promote_types(x.dtype, residual.dtype)
+            x, residual = x.to(wider), residual.to(wider)
+    for name, p in (("weight", weight), ("bias", bias), ("x_bias", x_bias)):
+        if p is None:
+            continue
+        if p.shape != shape[-1:]:
+            raise ValueError(f"{name} must have shape {tuple(shape[-1:])}, got {tuple(p.shape)}")
+        if p.dtype not in (x.dtype, torch.float32):
+            have, want = (str(t.dtype).removeprefix("torch.") for t in (p, x))
+            raise ValueError(f"{name} must be float32 or, as x is, {want}; got {have}")
+    if any(t is not None and t.device != device for t in (residual, weight, bias, x_bias)):
+        require_same("device", x=x, residual=residual, weight=weight, bias=bias, x_bias=x_bias)
+    return x, residual
