@@ -20,8 +20,8 @@ from collections import Counter
 # Read when libgomp loads, with torch. On busy cores threads that spin at a barrier make small tests 100 times slower.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
-import pytest  # noqa: E402
-import torch  # noqa: E402
+import pytest
+import torch
 
 
 def pytest_configure(config):

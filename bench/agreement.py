@@ -1,0 +1,88 @@
+"""No speed without truth: every implementation of a row gives the right result before it is timed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from bench.timing import context_of
+from fused_transformer.kernels._dispatch import Op
+from tests.oracle import assert_matches
+
+
+def forward_backward(function: Callable) -> Callable:
+    """function's outputs and the gradients of those args that require them, as one implementation of `compare`.
+
+    The upstream gradient is random, the same for every implementation of outputs of one shape.
+    """
+    kept = {}
+
+    def run(*args):
+        out = function(*args)
+        shape = (out.shape, out.dtype)
+        if shape not in kept:
+            generator = torch.Generator().manual_seed(1)
+            kept[shape] = torch.randn(out.shape, generator=generator).to(out.device, out.dtype)
+        leaves = [x for x in args if isinstance(x, torch.Tensor) and x.requires_grad]
+        return (out, *torch.autograd.grad(out, leaves, kept[shape]))
+
+    return run
+
+
+def agree(implementations: dict, args: tuple, exact, check, ours: str, refused: dict[str, str]) -> set[str]:
+    """Every implementation gives the right result, or is taken out with its reason. The backends `ours` ran on."""
+    results, backends = {}, set()
+    for label, implementation in list(implementations.items()):
+        try:
+            with context_of(implementation), _backends_seen(backends if label == ours else set()):
+                results[label] = _detached(implementation(*args))
+        except RuntimeError as refusal:
+            if label in (ours, "naive"):
+                raise
+            refused[label] = str(refusal).strip().splitlines()[0][:200]
+            del implementations[label]
+    if check is not None:
+        check(results)
+        return backends
+    truth = _detached(exact(*args) if exact else implementations["naive"](*map(_double, args)))
+    naive = results["naive"]
+    for label, got in results.items():
+        try:
+            # a baseline need only do the same work; ours is held to what the tests hold it to
+            assert_matches(got, truth, naive, **({} if label == ours else {"factor": 20.0, "ulps": 20.0}))
+        except AssertionError as difference:
+            raise AssertionError(f"{label} is wrong: {difference}") from None
+    return backends
+
+
+class _backends_seen:
+    """Collects the names of the backends that ops pick inside the block."""
+
+    def __init__(self, seen: set[str]):
+        self.seen, self.pick = seen, Op.pick
+
+    def __enter__(self):
+        def pick(op, *args):
+            backend = self.pick(op, *args)
+            self.seen.add(backend.__name__.rpartition(".")[2])
+            return backend
+
+        Op.pick = pick
+
+    def __exit__(self, *_):
+        Op.pick = self.pick
+
+
+def _detached(results):
+    if isinstance(results, torch.Tensor):
+        return results.detach()
+    if isinstance(results, dict):
+        return {name: x.detach() for name, x in results.items()}
+    return tuple(x.detach() for x in results)
+
+
+def _double(x):
+    if isinstance(x, torch.Tensor) and x.is_floating_point():
+        return x.detach().double().requires_grad_(x.requires_grad)
+    return x

@@ -1,0 +1,60 @@
+"""What one would use instead: naive torch, F.scaled_dot_product_attention with its backend forced, torch.compile."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from bench.timing import Within
+
+
+def sentence_lengths(batch: int, longest: int, device: str = "cpu") -> Tensor:
+    """(B,) int64 from 1 to `longest`, the longest among them, 60 % on average: a batch of sentences, padded."""
+    lengths = torch.linspace(0.2, 1.0, max(batch, 1)) * longest
+    return lengths.round().long().clamp(1, longest)[torch.randperm(batch)].to(device)
+
+
+def keep_of_lengths(lengths: Tensor, longest: int) -> Tensor:
+    """(B, 1, 1, S) bool, True = attend: what SDPA users build of the lengths, once a batch."""
+    return (torch.arange(longest, device=lengths.device) < lengths[:, None])[:, None, None]
+
+
+def naive_attention(q: Tensor, k: Tensor, v: Tensor, *, keep=None, bias=None, causal=False) -> Tensor:
+    """The paper's equation as most write it."""
+    k, v = (x if x.shape[1] == q.shape[1] else x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+    scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])
+    if bias is not None:
+        scores = scores + bias
+    if causal:
+        keep = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
+    if keep is not None:
+        scores = scores.masked_fill(~keep, -torch.inf)
+    return torch.softmax(scores, -1) @ v
+
+
+def sdpa(backend: SDPBackend, wrap: Callable = lambda function: function, **options) -> Within:
+    """F.scaled_dot_product_attention on one named backend; `wrap` may be forward_backward."""
+    function = partial(F.scaled_dot_product_attention, **options)
+    return Within(partial(sdpa_kernel, backend), wrap(function))
+
+
+def sdpa_backends(device: str) -> dict[str, SDPBackend]:
+    """The backends SDPA has on a device, under the names of the result tables."""
+    flash_and_math = {"sdpa flash": SDPBackend.FLASH_ATTENTION, "sdpa math": SDPBackend.MATH}
+    if device == "cpu":
+        return flash_and_math
+    return flash_and_math | {
+        "sdpa efficient": SDPBackend.EFFICIENT_ATTENTION,
+        "sdpa cudnn": SDPBackend.CUDNN_ATTENTION,
+    }
+
+
+def compiled(function: Callable) -> Callable:
+    """torch.compile for these shapes; compiling (tens of seconds on 2 cores) happens before anything is timed."""
+    return torch.compile(function, dynamic=False)

@@ -1,0 +1,136 @@
+"""Masked attention against naive torch and every backend of scaled_dot_product_attention, at models' own shapes.
+
+Operations are counted for the pairs that a query may see: 4 · D each going forward (two products), 14 · D with the
+backward pass (seven). Padded and masked pairs are no work, whoever computes them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import pytest
+import torch
+
+from bench import shapes
+from bench.agreement import forward_backward
+from bench.baselines import compiled, keep_of_lengths, naive_attention, sdpa, sdpa_backends, sentence_lengths
+from fused_transformer.kernels import attention
+
+MASKED = (shapes.BASE_64, shapes.BASE_128, shapes.BASE_512)
+
+
+def tensors(shape: shapes.Attention, device: str, grad: bool = False) -> tuple[torch.Tensor, ...]:
+    def one(heads: int, length: int) -> torch.Tensor:
+        return torch.randn(
+            shape.batch, heads, length, shape.width, dtype=shape.dtype, device=device, requires_grad=grad
+        )
+
+    heads_k = shape.heads_k or shape.heads
+    return one(shape.heads, shape.length), one(heads_k, shape.keys), one(heads_k, shape.keys)
+
+
+def race(
+    compare: Callable,
+    shape: shapes.Attention,
+    device: str,
+    *,
+    seen: int,
+    fused: dict,
+    naive: dict,
+    torch_s: dict,
+    grad: bool = False,
+    compile: bool = False,
+) -> None:
+    """One row; `fused`, `naive` and `torch_s` are the mask in the words of each. `seen`: pairs, summed over batches."""
+    wrap = forward_backward if grad else lambda function: function
+    implementations = {"naive": wrap(partial(naive_attention, **naive))}
+    if compile:
+        implementations["compile"] = wrap(compiled(partial(naive_attention, **naive)))
+    if shape.heads_k:
+        torch_s = {**torch_s, "enable_gqa": True}
+    for label, backend in sdpa_backends(device).items():
+        implementations[label] = sdpa(backend, wrap, **torch_s)
+    implementations["fused"] = wrap(partial(attention, **fused))
+    flops = (14 if grad else 4) * shape.heads * shape.width * seen
+    compare(implementations, tensors(shape, device, grad), flops=flops)
+
+
+def with_lengths(compare, shape, device, **more) -> None:
+    """Sentences of different lengths, 60 % of the longest on average: padding as a length, or as a keep mask."""
+    lengths = sentence_lengths(shape.batch, shape.keys, device)
+    keep = keep_of_lengths(lengths, shape.keys)
+    seen = shape.length * int(lengths.sum())
+    race(
+        compare,
+        shape,
+        device,
+        seen=seen,
+        fused={"k_lengths": lengths},
+        naive={"keep": keep},
+        torch_s={"attn_mask": keep},
+        **more,
+    )
+
+
+def causal(compare, shape, device, **more) -> None:
+    seen = shape.batch * shape.length * (shape.length + 1) // 2
+    masks = {"fused": {"causal": "top_left"}, "naive": {"causal": True}, "torch_s": {"is_causal": True}}
+    race(compare, shape, device, seen=seen, **masks, **more)
+
+
+def unmasked(compare, shape, device, **more) -> None:
+    seen = shape.batch * shape.length * shape.keys
+    race(compare, shape, device, seen=seen, fused={}, naive={}, torch_s={}, **more)
+
+
+# ---------------------------------------------------------------- forward
+
+
+@pytest.mark.parametrize("shape", [*MASKED, shapes.BASE_CROSS, shapes.BASE_STEP, shapes.BASE_128_BF16], ids=str)
+def bench_attention_with_lengths(compare, shape, device):
+    with_lengths(compare, shape, device, compile=shape is shapes.BASE_128)
+
+
+@pytest.mark.parametrize("shape", [shapes.BASE_512, shapes.GPT2, shapes.LLAMA_1B, shapes.LLAMA_8B], ids=str)
+def bench_attention_causal(compare, shape, device):
+    causal(compare, shape, device)
+
+
+@pytest.mark.parametrize("shape", [shapes.BERT, shapes.VIT], ids=str)
+def bench_attention_unmasked(compare, shape, device):
+    unmasked(compare, shape, device)
+
+
+@pytest.mark.parametrize("shape", [shapes.BERT], ids=str)
+def bench_attention_keep_mask(compare, shape, device):
+    """The same keep mask for all three: what a model gets that has masks already and no lengths."""
+    keep = keep_of_lengths(sentence_lengths(shape.batch, shape.keys, device), shape.keys)
+    seen = shape.length * int(keep.sum())
+    race(compare, shape, device, seen=seen, fused={"keep": keep}, naive={"keep": keep}, torch_s={"attn_mask": keep})
+
+
+@pytest.mark.parametrize("shape", [shapes.T5], ids=str)
+def bench_attention_bias(compare, shape, device):
+    """A bias for each head and pair, as T5's relative positions."""
+    bias = torch.randn(1, shape.heads, shape.length, shape.keys, device=device)
+    seen = shape.batch * shape.length * shape.keys
+    race(compare, shape, device, seen=seen, fused={"bias": bias}, naive={"bias": bias}, torch_s={"attn_mask": bias})
+
+
+# ---------------------------------------------------------------- forward and backward
+
+
+@pytest.mark.parametrize("shape", [*MASKED, shapes.BASE_CROSS], ids=str)
+def bench_attention_with_lengths_forward_backward(compare, shape, device):
+    with_lengths(compare, shape, device, grad=True, compile=shape is shapes.BASE_128)
+
+
+@pytest.mark.parametrize("shape", [shapes.BASE_512, shapes.LLAMA_1B], ids=str)
+def bench_attention_causal_forward_backward(compare, shape, device):
+    causal(compare, shape, device, grad=True)
+
+
+@pytest.mark.parametrize("shape", [shapes.BERT], ids=str)
+def bench_attention_unmasked_forward_backward(compare, shape, device):
+    unmasked(compare, shape, device, grad=True)

@@ -1,0 +1,185 @@
+"""Results as a table on the terminal, and as README's table and figure.
+
+    python -m bench.report [bench/results/X.json ...]     rewrites README.md between <!-- bench:begin --> and its end
+
+Without files: the newest result of each processor or GPU that bench/results holds. Nothing is left out: a row where
+another implementation is quicker stays, in the table and in the figure. Numbers in README.md are never typed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from datetime import date
+from itertools import groupby
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
+
+
+def write_results(folder: Path, machine: dict, rooflines: dict, rows: list[dict]) -> Path:
+    """Write one run as JSON; the file is named after the processor or GPU, and the day."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{_slug(machine.get('gpu') or machine['processor'])}_{date.today():%Y-%m-%d}.json"
+    content = {"machine": machine, "date": f"{date.today():%Y-%m-%d}", "rooflines": rooflines, "rows": rows}
+    path.write_text(json.dumps(content, indent=1) + "\n")
+    return path
+
+
+def _slug(name: str) -> str:
+    return re.sub(r"[^a-z0-9.]+", "-", re.sub(r"\((r|tm)\)", "", name.lower())).strip("-")
+
+
+# ---------------------------------------------------------------- one row
+
+
+def others(row: dict) -> dict[str, float]:
+    """Median of each other implementation divided by ours: above 1, ours is quicker."""
+    own = row["times"][row["ours"]]["median_us"]
+    return {name: times["median_us"] / own for name, times in row["times"].items() if name != row["ours"]}
+
+
+def fastest_other(row: dict) -> tuple[str, float] | None:
+    ratios = others(row)
+    return min(ratios.items(), key=lambda item: item[1]) if ratios else None
+
+
+def duration(microseconds: float) -> str:
+    return f"{microseconds / 1e3:.2f} ms" if microseconds >= 1e3 else f"{microseconds:.1f} µs"
+
+
+def rate(row: dict) -> str:
+    """What ours moves or computes a second, and its share of what the machine was measured to do in the same run."""
+    if "gflop_per_s" in row:
+        return f"{row['gflop_per_s']:.0f} GFLOP/s ({row['share_of_matmul']:.0%} of matmul)"
+    if "gb_per_s" in row:
+        return f"{row['gb_per_s']:.1f} GB/s ({row['share_of_copy']:.0%} of copy)"
+    return ""
+
+
+def grouped(rows: list[dict]) -> list[tuple[str, list[dict]]]:
+    order = list(dict.fromkeys(row["group"] for row in rows))
+    ordered = sorted(rows, key=lambda row: order.index(row["group"]))
+    return [(group, list(members)) for group, members in groupby(ordered, key=lambda row: row["group"])]
+
+
+def machine_line(machine: dict, rooflines: dict) -> str:
+    matmul = ", ".join(f"{dtype} {gflops:.0f}" for dtype, gflops in rooflines["matmul_gflop_per_s"].items())
+    where = machine.get("gpu") or f"{machine['processor']}, {machine['threads']} threads, {machine['isa']}"
+    rates = f"copy {rooflines['copy_gb_per_s']:.1f} GB/s" + (f", matmul {matmul} GFLOP/s" if matmul else "")
+    return f"{where}; torch {machine['torch']}; commit {machine['commit'] or 'unknown'}; {rates}"
+
+
+# ---------------------------------------------------------------- on the terminal
+
+
+def text_table(machine: dict, rooflines: dict, rows: list[dict]) -> list[str]:
+    """One block for each group: our time, each other implementation as a multiple of it, and our rate."""
+    lines = [
+        machine_line(machine, rooflines),
+        "× is an other implementation's time over ours: above 1, ours is quicker",
+    ]
+    for group, members in grouped(rows):
+        labels = list(dict.fromkeys(label for row in members for label in others(row)))
+        width = max(len(row["name"]) for row in members)
+        lines += ["", f"{group:<{width}}  {'ours':>10}" + "".join(f"  {label:>12}" for label in labels)]
+        for row in members:
+            ratios = others(row)
+            cells = [f"{ratios[label]:.2f}×" if label in ratios else "-" for label in labels]
+            own = duration(row["times"][row["ours"]]["median_us"])
+            lines.append(
+                f"{row['name']:<{width}}  {own:>10}" + "".join(f"  {cell:>12}" for cell in cells) + f"  {rate(row)}"
+            )
+            lines += [f"  {label} refused: {reason}" for label, reason in row["refused"].items()]
+    lost = [row for row in rows if (best := fastest_other(row)) and best[1] < 1]
+    lines += [
+        "",
+        f"{len(rows)} rows; another implementation is quicker in {len(lost)}:" if lost else f"{len(rows)} rows",
+    ]
+    lines += [f"  {row['group']} {row['name']}: {fastest_other(row)[0]} {fastest_other(row)[1]:.2f}×" for row in lost]
+    return lines
+
+
+# ---------------------------------------------------------------- in README
+
+
+def markdown(results: dict, figure: str) -> str:
+    lines = [f"![Speed of each row against the fastest alternative]({figure})", "", "<details>"]
+    lines += [f"<summary>{machine_line(results['machine'], results['rooflines'])}; {results['date']}</summary>"]
+    for group, rows in grouped(results["rows"]):
+        lines += ["", f"| {group} | ours | fastest other | | against naive | our rate |", "|---|--:|---|--:|--:|---|"]
+        for row in rows:
+            best, ratios = fastest_other(row), others(row)
+            own = duration(row["times"][row["ours"]]["median_us"])
+            other = (
+                f"{best[0]} {duration(row['times'][best[0]]['median_us'])} | **{best[1]:.2f}×**" if best else "- | -"
+            )
+            naive = f"{ratios['naive']:.2f}×" if "naive" in ratios else "-"
+            lines.append(f"| {row['name']} | {own} | {other} | {naive} | {rate(row)} |")
+    return "\n".join([*lines, "", "</details>"])
+
+
+def write_figure(results: dict, path: Path) -> None:
+    """One bar a row: how many times as long as ours the fastest alternative takes."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams |= {"svg.hashsalt": "bench", "font.size": 8}
+    from matplotlib import pyplot
+
+    rows = [row for _, members in grouped(results["rows"]) for row in members if others(row)]
+    ratios = [fastest_other(row)[1] for row in rows]
+    figure, axes = pyplot.subplots(figsize=(8, 0.6 + 0.17 * len(rows)), layout="constrained")
+    axes.barh(range(len(rows)), ratios, color=["#2a7f62" if ratio >= 1 else "#b5483b" for ratio in ratios])
+    axes.axvline(1, color="black", linewidth=0.8)
+    axes.set_yticks(range(len(rows)), [f"{row['group']}: {row['name']}" for row in rows])
+    for place, (row, ratio) in enumerate(zip(rows, ratios, strict=True)):
+        axes.text(ratio, place, f" {ratio:.2f}× {fastest_other(row)[0]}", va="center", fontsize=6)
+    axes.invert_yaxis()
+    axes.margins(x=0.18, y=0.005)
+    axes.set_xlabel("time of the fastest alternative / time of fused_transformer")
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, metadata={"Date": None})
+    pyplot.close(figure)
+
+
+def newest(folder: Path) -> list[Path]:
+    """The latest file of each processor or GPU; names end with the day."""
+    latest = {path.stem.rpartition("_")[0]: path for path in sorted(folder.glob("*.json"))}
+    return list(latest.values())
+
+
+def update_readme(readme: Path, section: str) -> None:
+    text = readme.read_text()
+    if BEGIN not in text or END not in text:
+        raise ValueError(f"{readme.name} has no {BEGIN} ... {END} to write between")
+    before, after = text[: text.index(BEGIN) + len(BEGIN)], text[text.index(END) :]
+    readme.write_text(f"{before}\n{section}\n{after}")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.report", description=__doc__.partition("\n\n")[0])
+    parser.add_argument("results", nargs="*", type=Path, help="JSON files (default: the newest of each processor)")
+    parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
+    parser.add_argument("--print", action="store_true", help="print the tables and change nothing")
+    options = parser.parse_args(arguments)
+    files = options.results or newest(ROOT / "bench" / "results")
+    if not files:
+        parser.error("bench/results holds no results: run python -m bench first")
+    sections = []
+    for path in files:
+        results = json.loads(path.read_text())
+        if options.print:
+            print("\n".join(text_table(results["machine"], results["rooflines"], results["rows"])))
+            continue
+        figure = path.with_suffix(".svg")
+        write_figure(results, figure)
+        sections.append(markdown(results, figure.resolve().relative_to(options.readme.resolve().parent).as_posix()))
+    if sections:
+        update_readme(options.readme, "\n\n".join(sections))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,66 @@
+"""The shapes of the benchmarks, each named after the model it comes from.
+
+Batches hold about 4,096 tokens, the size a 2-core machine works through in milliseconds; on a GPU raise `batch`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Attention:
+    """H heads of width D (H_k of them for keys), L queries and S keys, in a batch of B."""
+
+    model: str
+    batch: int
+    heads: int
+    length: int
+    keys: int
+    width: int = 64
+    heads_k: int | None = None
+    dtype: torch.dtype = torch.float32
+
+    def __str__(self) -> str:
+        heads = f"H{self.heads}" + (f"/{self.heads_k}" if self.heads_k else "")
+        length = f"L{self.length}" + (f" S{self.keys}" if self.keys != self.length else "")
+        dtype = "" if self.dtype == torch.float32 else f" {str(self.dtype).removeprefix('torch.')}"
+        return f"{self.model} B{self.batch} {heads} {length} D{self.width}{dtype}"
+
+
+@dataclass(frozen=True)
+class Embedding:
+    """B sequences of L tokens out of a vocabulary of V, width E."""
+
+    model: str
+    batch: int
+    length: int
+    width: int
+    vocabulary: int
+    dtype: torch.dtype = torch.float32
+
+    def __str__(self) -> str:
+        dtype = "" if self.dtype == torch.float32 else f" {str(self.dtype).removeprefix('torch.')}"
+        return f"{self.model} B{self.batch} L{self.length} E{self.width} V{self.vocabulary}{dtype}"
+
+
+# Vaswani et al. 2017, base: E = 512, 8 heads of 64. Sentences of one batch differ in length (bench/baselines.py).
+BASE_64 = Attention("transformer-base", 64, 8, 64, 64)
+BASE_128 = Attention("transformer-base", 32, 8, 128, 128)
+BASE_512 = Attention("transformer-base", 8, 8, 512, 512)
+BASE_128_BF16 = Attention("transformer-base", 32, 8, 128, 128, dtype=torch.bfloat16)
+BASE_CROSS = Attention("transformer-base", 32, 8, 64, 128)
+BASE_STEP = Attention("transformer-base", 64, 8, 1, 128)  # one decoding step over the encoder's memory
+BERT = Attention("bert-base", 32, 12, 128, 128)
+VIT = Attention("vit-base-16", 16, 12, 197, 197)
+GPT2 = Attention("gpt2", 2, 12, 1024, 1024)
+T5 = Attention("t5-base", 8, 12, 256, 256)
+LLAMA_1B = Attention("llama-3.2-1b", 1, 32, 512, 512, heads_k=8)
+LLAMA_8B = Attention("llama-3-8b", 1, 32, 512, 512, width=128, heads_k=8)
+
+EMBEDDING_BASE = Embedding("transformer-base", 32, 128, 512, 32000)
+EMBEDDING_BIG = Embedding("transformer-big", 16, 128, 1024, 32000)
+EMBEDDING_BASE_BF16 = Embedding("transformer-base", 32, 128, 512, 32000, dtype=torch.bfloat16)
+EMBEDDING_STEP = Embedding("transformer-base step", 64, 1, 512, 32000)  # one decoding step
