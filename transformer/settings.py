@@ -46,7 +46,8 @@ _PAPER: Settings = {
     "max_length": 256,
     **{field.name: field.default for field in fields(TrainingOptions)},
 }
-# "small" is for tens of thousands of pairs on a few CPU cores: short warmup, more dropout, small batches.
+# "small" is for tens of thousands of pairs on a few CPU cores: small batches make the most of few epochs. "tiny" is for
+# trying things out.
 PRESETS: dict[str, Settings] = {
     "base": _PAPER,
     "small": {
@@ -58,9 +59,9 @@ PRESETS: dict[str, Settings] = {
         "num_decoder_layers": 3,
         "dropout": 0.1,
         "vocab_size": 4000,
-        "max_tokens": 2048,
-        "warmup_steps": 400,
-        "learning_rate_factor": 0.5,
+        "max_tokens": 1024,
+        "warmup_steps": 600,
+        "learning_rate_factor": 0.4,
     },
     "tiny": {
         **_PAPER,
@@ -72,6 +73,7 @@ PRESETS: dict[str, Settings] = {
         "vocab_size": 1000,
         "max_tokens": 1024,
         "warmup_steps": 100,
+        "learning_rate_factor": 0.25,
     },
 }
 

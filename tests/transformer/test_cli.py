@@ -13,8 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from fused_transformer import cli_train, cli_translate
+from fused_transformer import TransformerConfig, cli_train, cli_translate
 from fused_transformer.checkpoint import load_checkpoint, read_file
+from fused_transformer.settings import PRESETS, model_config, training_options
+from fused_transformer.training import TrainingOptions
 from tests.transformer.texts import parallel_lines, write_parallel
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -222,6 +224,15 @@ def test_refused_resumptions(tmp_path, capsys):
     (tmp_path / "model" / "last.safetensors").write_bytes(last[:-5])
     assert "last.safetensors is damaged" in refused_training(capsys, *files, "--resume")
     assert (tmp_path / "model" / "last.safetensors").read_bytes() == last[:-5]
+
+
+def test_presets_are_whole():
+    for preset, settings in PRESETS.items():
+        config, options = model_config(settings, 5000), training_options(settings)
+        assert config.to_dict().items() >= {name: settings[name] for name in ("d_model", "dropout")}.items(), preset
+        assert options.max_tokens == settings["max_tokens"]
+    assert model_config(PRESETS["base"], 37000) == TransformerConfig(source_vocab_size=37000), "the paper's"
+    assert training_options(PRESETS["base"]) == TrainingOptions()
 
 
 def test_resuming_needs_no_settings(tmp_path):
