@@ -2,12 +2,14 @@
 
 from importlib.metadata import version
 
+from fused_transformer.add_norm import AddLayerNorm
 from fused_transformer.attention import MultiheadAttention
 from fused_transformer.config import TransformerConfig
 from fused_transformer.decoding import beam_search, greedy
 from fused_transformer.embedding import TokenEmbedding
 from fused_transformer.feed_forward import FeedForward
-from fused_transformer.layers import AddLayerNorm, DecoderLayer, EncoderLayer
+from fused_transformer.incremental import DecoderState
+from fused_transformer.layers import DecoderLayer, EncoderLayer
 from fused_transformer.loss import smoothed_cross_entropy
 from fused_transformer.model import Decoder, Encoder, Transformer
 from fused_transformer.schedule import NoamLR
@@ -19,6 +21,7 @@ __all__ = [
     "AddLayerNorm",
     "Decoder",
     "DecoderLayer",
+    "DecoderState",
     "Encoder",
     "EncoderLayer",
     "FeedForward",

@@ -7,47 +7,12 @@ from collections.abc import Callable
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fused_transformer.add_norm import AddLayerNorm
 from fused_transformer.attention import MultiheadAttention
 from fused_transformer.feed_forward import FeedForward
-
-try:
-    from fused_transformer.kernels import add_layer_norm, add_layer_norm_with_total, layer_norm
-except ImportError:
-    from fused_transformer._standin import add_layer_norm, add_layer_norm_with_total, layer_norm
-
+from fused_transformer.packing import pack_memory, packing_if_worth_it
 
 Sublayer = Callable[[Tensor], Tensor]
-
-
-class AddLayerNorm(nn.LayerNorm):
-    """y = LayerNorm(residual + dropout(x)), read and written once.
-
-    Parameters and state_dict are nn.LayerNorm's.
-
-    Shapes: x and residual (..., E) to (..., E).
-    Source: Vaswani et al. 2017, section 3.1 ("Add & Norm"); Ba et al. 2016, eq. 4.
-    """
-
-    def __init__(
-        self, d_model: int, *, dropout: float = 0.0, eps: float = 1e-5, bias: bool = True, device=None, dtype=None
-    ) -> None:
-        super().__init__(d_model, eps=eps, bias=bias, device=device, dtype=dtype)
-        self.dropout = dropout
-
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """LayerNorm(residual + dropout(x)); of x alone where there is no residual."""
-        if residual is None:
-            return layer_norm(x, self.weight, self.bias, eps=self.eps)
-        return add_layer_norm(x, residual, self.weight, self.bias, eps=self.eps, dropout_p=self._dropout_p())
-
-    def with_total(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
-        """What `forward` returns, and the sum that was normalised: the residual stream of a pre-norm stack."""
-        if residual is None:
-            return self(x), x
-        return add_layer_norm_with_total(x, residual, self.weight, self.bias, eps=self.eps, dropout_p=self._dropout_p())
-
-    def _dropout_p(self) -> float:
-        return self.dropout if self.training else 0.0
 
 
 class _Layer(nn.Module):
@@ -164,7 +129,15 @@ class EncoderLayer(_Layer):
             offsets: (B + 1,) integers, for packed batches; see `Packing`. No lengths and masks then, but is_causal.
             residual, chained: between the layers of a stack, (x, residual) goes in and comes out. In pre-norm x is then
                 the last sublayer's output, not yet added to the residual: the next norm does it in the same pass.
+
+        Rows beyond `lengths` come out as numbers without meaning. Where there are many, the layer works on the real
+        tokens alone; a stack sees to that itself, once for all its layers.
         """
+        if not chained and key_padding_mask is None and attn_mask is None:
+            packing = packing_if_worth_it(lengths, x)
+            if packing is not None:
+                y = self.forward(packing.pack(x), is_causal=is_causal, offsets=packing.offsets)
+                return packing.unpack(y)
 
         def attend(y: Tensor) -> Tensor:
             return self.self_attn(
@@ -225,8 +198,21 @@ class DecoderLayer(_Layer):
                 causal unless told otherwise.
             memory_key_padding_mask, memory_attn_mask: of the attention to memory.
             offsets, memory_offsets: (B + 1,) integers, for packed batches; see `EncoderLayer.forward`.
-            residual, chained: see `EncoderLayer.forward`.
+            residual, chained: see `EncoderLayer.forward`; rows beyond `lengths` too.
         """
+        masks = (key_padding_mask, attn_mask, memory_key_padding_mask, memory_attn_mask)
+        if not chained and all(mask is None for mask in masks):
+            packing = packing_if_worth_it(lengths, x)
+            if packing is not None:
+                memory, memory_offsets = pack_memory(memory, memory_lengths)
+                y = self.forward(
+                    packing.pack(x),
+                    memory,
+                    is_causal=is_causal,
+                    offsets=packing.offsets,
+                    memory_offsets=memory_offsets,
+                )
+                return packing.unpack(y)
 
         def attend(y: Tensor) -> Tensor:
             return self.self_attn(

@@ -7,12 +7,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fused_transformer import incremental
+from fused_transformer.add_norm import AddLayerNorm
 from fused_transformer.config import TransformerConfig
 from fused_transformer.embedding import TokenEmbedding
 from fused_transformer.incremental import DecoderState
-from fused_transformer.layers import AddLayerNorm, DecoderLayer, EncoderLayer
+from fused_transformer.layers import DecoderLayer, EncoderLayer
 from fused_transformer.masks import lengths_if_padded_right
-from fused_transformer.packing import Packing, packing_if_worth_it
+from fused_transformer.packing import pack_memory, packing_if_worth_it
 
 
 class Encoder(nn.Module):
@@ -35,7 +36,7 @@ class Encoder(nn.Module):
 
         Rows of padding hold numbers without meaning. Where much is padding, the layers work on the real tokens alone.
         """
-        packing = packing_if_worth_it(lengths, x.shape[:2])
+        packing = packing_if_worth_it(lengths, x)
         options, residual = {"lengths": lengths}, None
         if packing is not None:
             x, options = packing.pack(x), {"offsets": packing.offsets}
@@ -67,14 +68,11 @@ class Decoder(nn.Module):
 
         Rows of padding hold numbers without meaning. Where much is padding, the layers work on the real tokens alone.
         """
-        packing = packing_if_worth_it(lengths, x.shape[:2])
+        packing = packing_if_worth_it(lengths, x)
         options, residual = {"lengths": lengths, "memory_lengths": memory_lengths}, None
         if packing is not None:
-            if memory_lengths is None:
-                memory_lengths = lengths.new_full((len(memory),), memory.shape[1])
-            of_memory = Packing.of(memory_lengths, memory.shape[:2])
-            x, memory = packing.pack(x), of_memory.pack(memory)
-            options = {"offsets": packing.offsets, "memory_offsets": of_memory.offsets}
+            memory, memory_offsets = pack_memory(memory, memory_lengths)
+            x, options = packing.pack(x), {"offsets": packing.offsets, "memory_offsets": memory_offsets}
         for layer in self.layers:
             x, residual = layer(x, memory, **options, residual=residual, chained=True)
         x = x if self.norm is None else self.norm(x, residual)

@@ -55,12 +55,21 @@ class Packing:
         return padded.index_copy(0, self.index, x).unflatten(0, self.shape)
 
 
-def packing_if_worth_it(lengths: Tensor | None, shape: tuple[int, int]) -> Packing | None:
-    """The packing where it spares the layers work, else None.
+def packing_if_worth_it(lengths: Tensor | None, x: Tensor) -> Packing | None:
+    """The packing of x (B, L, E) where it spares the layers work, else None.
 
     On the CPU alone: elsewhere the host would have to wait for the device to know T, the size of everything after.
     """
-    if lengths is None or lengths.device.type != "cpu" or torch.compiler.is_compiling():
+    if lengths is None or x.device.type != "cpu" or torch.compiler.is_compiling():
         return None
-    tokens = int(lengths.sum())
-    return Packing.of(lengths, shape) if 0 < tokens < 0.95 * shape[0] * shape[1] else None
+    batch, length = x.shape[:2]
+    worth_it = 0 < int(lengths.sum()) < 0.95 * batch * length
+    return Packing.of(lengths, (batch, length)) if worth_it else None
+
+
+def pack_memory(memory: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
+    """memory (B, S, E) packed, and its offsets; without lengths all of it is real."""
+    if lengths is None:
+        lengths = torch.full((len(memory),), memory.shape[1], device=memory.device)
+    packing = Packing.of(lengths, memory.shape[:2])
+    return packing.pack(memory), packing.offsets

@@ -232,8 +232,8 @@ def test_packing_takes_the_real_tokens_and_puts_them_back():
     packed = packing.pack(x)
     assert_equal(packed, torch.cat([x[0], x[1, :3], x[2, :5]]))
     assert_equal(packing.unpack(packed), torch.where(torch.arange(6) < LENGTHS[:, None], 1.0, 0.0)[..., None] * x)
-    assert packing_if_worth_it(torch.tensor([6, 6, 6]), (3, 6)) is None
-    assert packing_if_worth_it(torch.tensor([0, 0, 0]), (3, 6)) is None
+    assert packing_if_worth_it(torch.tensor([6, 6, 6]), x) is None
+    assert packing_if_worth_it(torch.tensor([0, 0, 0]), x) is None
     for lengths in ([6, 7, 1], [6, -1, 2], [6, 3], [6.0, 3.0, 5.0]):
         with pytest.raises(ValueError, match="lengths must be"):
             Packing.of(torch.tensor(lengths), (3, 6))
