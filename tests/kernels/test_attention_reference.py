@@ -1,4 +1,4 @@
-"""The first link of the chain of trust: torch.nn.functional in float64 <- the reference backend of each op.
+"""The first link of the chain of trust: torch.nn.functional in float64 <- attention's reference backend.
 
 Masks are spelled out here element by element in Python loops, so that they share no code with the reference.
 """
@@ -131,7 +131,7 @@ def test_attention_is_torch_s_attention(case):
     torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize("length, keys", [(6, 6), (4, 7), (7, 4)])
+@pytest.mark.parametrize(("length", "keys"), [(6, 6), (4, 7), (7, 4)])
 def test_top_left_is_torch_s_is_causal(length, keys):
     q, k, v = torch.randn(2, 3, length, 8), torch.randn(2, 3, keys, 8), torch.randn(2, 3, keys, 8)
     got = attention(q.double(), k.double(), v.double(), causal="top_left")
@@ -239,7 +239,7 @@ def test_a_bad_value_reaches_the_queries_that_see_it_and_no_other():
 
 
 def test_a_row_that_sees_nothing_gives_zeros():
-    tensors, options, mask = make_attention(Case("keep", keep=(2, 4, 5, 7), bias=(2, 4, 5, 7)))
+    tensors, options, _ = make_attention(Case("keep", keep=(2, 4, 5, 7), bias=(2, 4, 5, 7)))
     options["keep"][:, 1, 2] = options["keep"][1, :, 0] = False
     dead = ~options["keep"].any(-1)
     tensors["q"][dead] = torch.nan  # not even this
