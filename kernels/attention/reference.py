@@ -70,7 +70,9 @@ def weights_backward(dweights, q, k, lse, mask: Mask, scale, dropout_p, seed, wa
     k = _repeat_heads(q, k)
     scores = _scores(q, k, mask.bias, _allowed(q, mask), scale)
     allowed = scores > -torch.inf
-    probabilities = _probabilities(scores, lse)
+    # Not with the lse given: it may be another backend's, rounded otherwise, and where there is one key alone the
+    # gradient is exactly 0 only if its weight is exactly 1.
+    probabilities = _probabilities(scores, torch.logsumexp(scores.to(_statistics_dtype(q)), -1))
     if dropout_p > 0.0:
         dweights = dweights * _dropout_factor(probabilities, dropout_p, seed)
     product = torch.where(allowed, probabilities * dweights, 0)
