@@ -1,0 +1,51 @@
+"""Decoding one token at a time equals decoding all at once."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.transformer.models import LENGTHS, SOURCE, VARIANTS, VOCAB, tiny
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_steps_equal_decoding_all_at_once(variant):
+    model = tiny(**VARIANTS[variant]).eval()
+    length = 40 if variant == "post_norm" else 4  # 40: beyond the state's first capacity
+    target = torch.randint(3, VOCAB, (3, length))
+    memory = model.encode(SOURCE)
+    state = model.start(memory, LENGTHS)
+    got = torch.stack([model.step(target[:, i], state) for i in range(length)], dim=1)
+    torch.testing.assert_close(got, model.decode(target, memory, LENGTHS), atol=1e-5, rtol=1e-5)
+    without_lengths = model.start(memory)
+    torch.testing.assert_close(model.step(target[:, 0], without_lengths), model.decode(target[:, :1], memory)[:, 0])
+
+
+def test_reordered_and_selected_rows_go_on_from_their_own_history():
+    model = tiny().eval()
+    memory, beams = model.encode(SOURCE), 2
+    tokens = torch.randint(3, VOCAB, (6, 40))
+    state = model.start(memory, LENGTHS, beam_size=beams)
+    rows, kept, kept_rows = torch.tensor([1, 0, 2, 2, 5, 5]), torch.tensor([0, 2]), torch.tensor([0, 1, 4, 5])
+    for i in range(40):
+        if i in (5, 6, 34):
+            state.reorder(rows)
+            tokens = torch.cat([tokens[rows, :i], tokens[:, i:]], dim=1)
+        if i == 36:
+            state.select(kept)
+            tokens = tokens[kept_rows]
+        hidden = model.step(tokens[:, i], state)
+    expected = model.decode(tokens, memory[kept].repeat_interleave(beams, 0), LENGTHS[kept].repeat_interleave(beams, 0))
+    torch.testing.assert_close(hidden, expected[:, -1], atol=1e-5, rtol=1e-5)
+
+
+def test_wrong_uses_of_the_state_are_errors():
+    model = tiny()
+    memory = model.encode(SOURCE)
+    with pytest.raises(ValueError, match="call eval"):
+        model.start(memory)
+    model.eval()
+    with pytest.raises(ValueError, match="beam_size must be at least 1, got 0"):
+        model.start(memory, beam_size=0)
+    with pytest.raises(ValueError, match=r"rows must have shape \(6,\)"):
+        model.start(memory, beam_size=2).reorder(torch.tensor([0, 1]))
