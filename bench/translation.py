@@ -2,8 +2,9 @@
 
     python -m bench.translation DATA OUTPUT [--from-log LOG]
 
-DATA holds train, val and test_2016_flickr, each .fr and .en (the data set is not ours to ship). The training is README's
-own command; its BLEU is sacreBLEU's of the test set, beam 4. With --from-log the log of a finished run is read instead.
+DATA holds train, val and test_2016_flickr, each .fr and .en (the data set is not ours to ship). The training is
+README's own command; its BLEU is sacreBLEU's of the test set, beam 4. With --from-log the log of a finished run is
+read instead.
 """
 
 from __future__ import annotations
