@@ -67,7 +67,7 @@ def section(result: dict) -> str:
         "echo 'Deux chiens jouent dans la neige.' | python -m fused_transformer translate --model model --beam-size 4\n"
         "```\n\n"
         f"That is {result['size']}; {result['steps']} steps in {result['minutes']} minutes on two threads of "
-        f"{result['processor']}, then **{result['bleu']:.1f} sacreBLEU** on test_2016_flickr with beam 4 "
+        f"{result['processor']}, then **{result['bleu']:.2f} sacreBLEU** on test_2016_flickr with beam 4 "
         f"({result['date']}, torch {result['torch']}; `{result['signature']}`)."
     )
 
