@@ -14,8 +14,15 @@ HERE = Path(__file__).parent
 
 
 def main(arguments: list[str]) -> int:
-    options = ["--rootdir", str(HERE.parent), "-p", "no:cacheprovider", "-p", "no:xdist", "--no-header", "-q"]
-    options += ["-o", "python_files=bench_*.py", "-o", "python_functions=bench_*", "-o", "filterwarnings=default"]
+    options = ["--rootdir", str(HERE.parent), "-p", "no:cacheprovider", "-p", "no:xdist", "--no-header", "-v"]
+    options += [
+        "-o",
+        "python_files=bench_*.py",
+        "-o",
+        "python_functions=bench_*",
+        "-o",
+        "filterwarnings=ignore::DeprecationWarning",
+    ]
     options += ["--benchmark-quiet", "--benchmark-disable-gc"]
     some = [word for word in arguments if word == "-k" or ".py" in word]
     if not some:

@@ -49,8 +49,10 @@ def agree(implementations: dict, args: tuple, exact, check, ours: str, refused: 
     naive = results["naive"]
     for label, got in results.items():
         try:
-            # a baseline need only do the same work; ours is held to what the tests hold it to
-            assert_matches(got, truth, naive, **({} if label == ours else {"factor": 20.0, "ulps": 20.0}))
+            # Ours: twice the tests' bound, since sums are thousands of terms long here. A baseline need only do the
+            # same work.
+            strict = {"factor": 4.0, "ulps": 4.0} if label == ours else {"factor": 20.0, "ulps": 20.0}
+            assert_matches(got, truth, naive, **strict)
         except AssertionError as difference:
             raise AssertionError(f"{label} is wrong: {difference}") from None
     return backends

@@ -25,14 +25,12 @@ def keep_of_lengths(lengths: Tensor, longest: int) -> Tensor:
     return (torch.arange(longest, device=lengths.device) < lengths[:, None])[:, None, None]
 
 
-def naive_attention(q: Tensor, k: Tensor, v: Tensor, *, keep=None, bias=None, causal=False) -> Tensor:
+def naive_attention(q: Tensor, k: Tensor, v: Tensor, *, keep=None, bias=None) -> Tensor:
     """The paper's equation as most write it."""
     k, v = (x if x.shape[1] == q.shape[1] else x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
     scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])
     if bias is not None:
         scores = scores + bias
-    if causal:
-        keep = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
     if keep is not None:
         scores = scores.masked_fill(~keep, -torch.inf)
     return torch.softmax(scores, -1) @ v

@@ -75,7 +75,8 @@ def with_lengths(compare, shape, device, **more) -> None:
 
 def causal(compare, shape, device, **more) -> None:
     seen = shape.batch * shape.length * (shape.length + 1) // 2
-    masks = {"fused": {"causal": "top_left"}, "naive": {"causal": True}, "torch_s": {"is_causal": True}}
+    keep = torch.ones(shape.length, shape.keys, dtype=torch.bool, device=device).tril()
+    masks = {"fused": {"causal": "top_left"}, "naive": {"keep": keep}, "torch_s": {"is_causal": True}}
     race(compare, shape, device, seen=seen, **masks, **more)
 
 

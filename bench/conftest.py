@@ -9,8 +9,8 @@
             bytes_moved=...,          # least bytes that must be read and written, or flops=...
         )
 
-`compare` calls every implementation with the same arguments, asserts that they agree (tests/oracle.py: "fused" as
-strictly as in the tests; exact is "naive" in float64) and then times them in interleaved rounds: each round calls
+`compare` calls every implementation with the same arguments, asserts that they agree (with tests/oracle.py; exact is
+"naive" in float64) and then times them in interleaved rounds: each round calls
 each once. A result is a tensor, a tuple or a dict of tensors. `forward_backward(function)` (bench/agreement.py) is
 the forward and backward pass of a function as such an implementation; args that need gradients require them.
 Baselines may refuse (RuntimeError): the row says why. A row's group is its function's name, its name the pytest id.
@@ -40,7 +40,7 @@ def pytest_addoption(parser):
     group = parser.getgroup("bench")
     group.addoption("--device", default="cpu", choices=("cpu", "cuda"), help="where to run (default: cpu)")
     group.addoption("--results", type=Path, help="write the results as JSON into this folder")
-    group.addoption("--row-seconds", type=float, default=4.0, help="time at most this long for one row (default: 4)")
+    group.addoption("--row-seconds", type=float, default=3.0, help="time one row about this long (default: 3)")
 
 
 def pytest_configure(config):
@@ -120,9 +120,9 @@ def pytest_benchmark_update_machine_info(config, machine_info):
     machine_info.update(machine.facts())
 
 
-def pytest_sessionfinish(session):
+def pytest_sessionfinish(session, exitstatus):
     rows, folder = session.config.stash[ROWS], session.config.getoption("--results")
-    if rows and folder and not hasattr(session.config, "workerinput"):
+    if rows and folder and exitstatus == pytest.ExitCode.OK:
         session.config.stash[RESULTS] = report.write_results(folder, machine.facts(), rooflines(rows), rows)
 
 
@@ -141,3 +141,5 @@ def pytest_terminal_summary(terminalreporter, config):
         terminalreporter.write_line(line)
     if RESULTS in config.stash:
         terminalreporter.write_line(f"\nwritten to {config.stash[RESULTS]}")
+    elif config.getoption("--results"):
+        terminalreporter.write_line("\nnot written: a row failed, and results with a row missing would mislead")
