@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -110,7 +112,9 @@ class MultiheadAttention(nn.MultiheadAttention):
 
         q, k, v = self.project(query, key, value)
         masks = attention_masks(
-            *q.shape[:3],
+            q.shape[0],
+            q.shape[1],
+            q.shape[2],
             k.shape[2],
             key_padding_mask=key_padding_mask,
             attn_mask=attn_mask,
@@ -204,7 +208,7 @@ class MultiheadAttention(nn.MultiheadAttention):
             )
         self._check(query, key, value, None, None, None)
         q, k, v = (x[0].transpose(0, 1) for x in self.project(query, key, value))  # (T, H, D)
-        causal = "top_left" if is_causal else False
+        causal: Literal["top_left", False] = "top_left" if is_causal else False
         heads = attention(q, k, v, q_offsets=q_offsets, k_offsets=k_offsets, causal=causal, **self._dropout(q.device))
         return self.out_proj(heads.flatten(1))
 

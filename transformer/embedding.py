@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Literal, cast
+
 import torch
 from torch import Tensor, nn
 
 from fused_transformer.kernels import embedding
 
+Layout = Literal["interleaved", "concat_t2t", "concat_paper"]
 POSITIONS = ("interleaved", "concat_t2t", "concat_paper")
 
 
@@ -46,7 +49,8 @@ class TokenEmbedding(nn.Module):
         super().__init__()
         if positions is not None and positions not in POSITIONS:
             raise ValueError(f"positions must be one of {', '.join(POSITIONS)} or None, got {positions!r}")
-        self.positions, self.padding_idx, self.dropout = positions, padding_idx, dropout
+        self.positions = cast("Layout | None", positions)
+        self.padding_idx, self.dropout = padding_idx, dropout
         self.weight = nn.Parameter(torch.empty(vocab_size, d_model, device=device, dtype=dtype))
         self.reset_parameters()
 

@@ -78,6 +78,7 @@ class _Layer(nn.Module):
         for sublayer, norm in zip(sublayers, norms, strict=True):
             y, residual = norm.with_total(x, residual)
             x = sublayer(y)
+        assert residual is not None  # a layer has at least one sublayer
         return (x, residual) if chained else residual + F.dropout(x, self.dropout, self.training)
 
 

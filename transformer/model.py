@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -197,7 +199,9 @@ class Transformer(nn.Module):
         """
         if self.training:
             raise ValueError("decoding step by step is for inference: call eval() on the model first")
-        return incremental.start(list(self.decoder.layers), memory, memory_lengths, beam_size)
+        return incremental.start(
+            cast("list[DecoderLayer]", list(self.decoder.layers)), memory, memory_lengths, beam_size
+        )
 
     @torch.no_grad()
     def step(self, tokens: Tensor, state: DecoderState) -> Tensor:
@@ -208,7 +212,7 @@ class Transformer(nn.Module):
         x, residual = self._embed_target(tokens[:, None], start=state.length), None
         state.make_room()
         for index, layer in enumerate(self.decoder.layers):
-            x, residual = incremental.step_layer(layer, index, x, residual, state)
+            x, residual = incremental.step_layer(cast(DecoderLayer, layer), index, x, residual, state)
         state.length += 1
         x = x if self.decoder.norm is None else self.decoder.norm(x, residual)
         return x.squeeze(1)

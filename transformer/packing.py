@@ -23,7 +23,7 @@ class Packing:
     shape: tuple[int, int]
 
     @classmethod
-    def of(cls, lengths: Tensor, shape: tuple[int, int]) -> Packing:
+    def of(cls, lengths: Tensor, shape: tuple[int, ...]) -> Packing:
         """The packing of sequences padded on the right.
 
         Args:

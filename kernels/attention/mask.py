@@ -43,7 +43,7 @@ def make_mask(
     *,
     keep: Tensor | None,
     bias: Tensor | None,
-    causal: Causal | bool,
+    causal: Causal,
     window: tuple[int, int] | None,
     k_lengths: Tensor | None,
     q_offsets: Tensor | None,

@@ -7,7 +7,7 @@ from torch import Tensor
 
 def bad_token(tokens: Tensor, number: int, vocabulary: int) -> IndexError:
     """The error for the token at flat index `number`."""
-    index = []
+    index: list[int] = []
     for size in reversed(tokens.shape):
         index.insert(0, number % size)
         number //= size

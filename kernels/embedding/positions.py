@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ _tables: dict[tuple[str, int, torch.device], Tensor] = {}
 
 def sinusoids(positions: Tensor, width: int, layout: str) -> Tensor:
     """(..., width) float64: the rows at integer `positions` (...). Formulas in `sinusoidal_positions`."""
-    float64 = {"dtype": torch.float64, "device": positions.device}
+    float64: dict[str, Any] = {"dtype": torch.float64, "device": positions.device}
     positions = positions.to(torch.float64)[..., None]
     if layout == "concat_t2t":
         half = width // 2
@@ -58,6 +58,7 @@ class Positions:
 
     def rows(self, tokens: Tensor, width: int) -> tuple[Tensor, Positions]:
         """A float32 (P, width) contiguous table, and the positions as numbers of its rows. Needs `end`."""
+        assert self.end is not None
         table = cached_table(self.layout, width, self.end, tokens.device)
         if table is not None:
             return table, self

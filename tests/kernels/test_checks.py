@@ -12,7 +12,7 @@ CPU = torch.device("cpu")
 
 def test_require():
     _checks.require(True, "unused")
-    with pytest.raises(ValueError, match="^k and v must agree$"):
+    with pytest.raises(ValueError, match=r"^k and v must agree$"):
         _checks.require(False, "k and v must agree")
 
 
@@ -24,7 +24,7 @@ def test_the_four_floats_and_None_pass(dtype):
 @pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64, torch.float8_e4m3fn])
 def test_other_dtypes_are_refused_by_name(dtype):
     name = str(dtype).removeprefix("torch.")
-    with pytest.raises(ValueError, match=f"^k must be float32, float16, bfloat16 or float64, got {name}$"):
+    with pytest.raises(ValueError, match=rf"^k must be float32, float16, bfloat16 or float64, got {name}$"):
         _checks.require_float(q=torch.empty(2), k=torch.empty(2, dtype=dtype))
 
 
@@ -36,9 +36,9 @@ def test_what_is_no_tensor_is_a_type_error():
 def test_tensors_must_agree():
     x, half = torch.empty(2), torch.empty(2, dtype=torch.float16)
     _checks.require_same("dtype", x=x, weight=x, bias=None)
-    with pytest.raises(ValueError, match="^all tensors must have the same dtype, got x: float32, weight: float16$"):
+    with pytest.raises(ValueError, match=r"^all tensors must have the same dtype, got x: float32, weight: float16$"):
         _checks.require_same("dtype", x=x, weight=half, bias=None)
-    with pytest.raises(ValueError, match="^all tensors must have the same device, got x: cpu, weight: meta$"):
+    with pytest.raises(ValueError, match=r"^all tensors must have the same device, got x: cpu, weight: meta$"):
         _checks.require_same("device", x=x, weight=torch.empty(2, device="meta"))
 
 
@@ -71,7 +71,7 @@ def test_dropout_refuses_what_is_no_seed(seed):
 
 
 def test_the_seed_must_be_where_the_tensors_are():
-    with pytest.raises(ValueError, match="^seed must be on cpu, as the other tensors are, got meta$"):
+    with pytest.raises(ValueError, match=r"^seed must be on cpu, as the other tensors are, got meta$"):
         _checks.require_dropout(0.1, torch.empty(1, dtype=torch.int64, device="meta"), CPU)
 
 
