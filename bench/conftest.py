@@ -6,7 +6,7 @@
         compare(
             {"naive": lambda tokens, table: ..., "compile": compiled(...), "fused": embedding},
             (tokens, table),
-            bytes_moved=...,          # least bytes that must be read and written, or flops=...
+            bytes_moved=...,          # least bytes that must be read and written, or flops=..., or tokens=...
         )
 
 `compare` calls every implementation with the same arguments, asserts that they agree (with tests/oracle.py; exact is
@@ -66,7 +66,17 @@ def compare(benchmark, request):
     group = request.function.__name__.removeprefix("bench_").replace("_", " ")
     name = request.node.callspec.id if hasattr(request.node, "callspec") else group
 
-    def run(implementations, args=(), *, bytes_moved=None, flops=None, exact=None, check=None, ours="fused"):
+    def run(
+        implementations,
+        args=(),
+        *,
+        bytes_moved=None,
+        flops=None,
+        tokens=None,
+        exact=None,
+        check=None,
+        ours="fused",
+    ):
         row = {"group": group, "name": name, "ours": ours, "refused": {}, "dtype": _dtype(args)}
         implementations = dict(implementations)
         backends = agree(implementations, args, exact, check, ours, row["refused"])
@@ -83,7 +93,7 @@ def compare(benchmark, request):
         benchmark.pedantic(call_and_drop, setup=others.round, rounds=rounds)
         times = {ours: list(benchmark.stats.stats.data) if benchmark.stats else [1.0], **others.times}
         row["times"] = {label: quantiles(measured) for label, measured in times.items()}
-        row |= _rates(row["times"][ours]["median_us"], bytes_moved, flops, row["dtype"])
+        row |= _rates(row["times"][ours]["median_us"], bytes_moved, flops, tokens, row["dtype"])
         benchmark.extra_info.update(row)
         request.config.stash[ROWS].append(row)
 
@@ -98,7 +108,7 @@ def _rounds(own, others: Interleaved, row_seconds: float) -> int:
     return max(5, min(200, int(row_seconds / one_round)))
 
 
-def _rates(median_us: float, bytes_moved, flops, dtype: str) -> dict:
+def _rates(median_us: float, bytes_moved, flops, tokens, dtype: str) -> dict:
     rates = {}
     if bytes_moved is not None:
         rates["gb_per_s"] = round(bytes_moved / median_us / 1e3, 2)
@@ -107,6 +117,8 @@ def _rates(median_us: float, bytes_moved, flops, dtype: str) -> dict:
         rates["gflop_per_s"] = round(flops / median_us / 1e3, 1)
         roofline = matmul_gigaflops_per_second(getattr(torch, dtype))
         rates["share_of_matmul"] = round(rates["gflop_per_s"] / roofline, 3)
+    if tokens is not None:
+        rates["tokens_per_s"] = round(tokens / median_us * 1e6)
     return rates
 
 

@@ -59,6 +59,8 @@ def rate(row: dict) -> str:
         return f"{row['gflop_per_s']:.0f} GFLOP/s ({row['share_of_matmul']:.0%} of matmul)"
     if "gb_per_s" in row:
         return f"{row['gb_per_s']:.1f} GB/s ({row['share_of_copy']:.0%} of copy)"
+    if "tokens_per_s" in row:
+        return f"{row['tokens_per_s']:,} tokens/s"
     return ""
 
 

@@ -46,6 +46,52 @@ class Embedding:
         return f"{self.model} B{self.batch} L{self.length} E{self.width} V{self.vocabulary}{dtype}"
 
 
+@dataclass(frozen=True)
+class Rows:
+    """A row-wise op on M tokens of width E."""
+
+    model: str
+    rows: int
+    width: int
+    dtype: torch.dtype = torch.float32
+
+    def __str__(self) -> str:
+        dtype = "" if self.dtype == torch.float32 else f" {str(self.dtype).removeprefix('torch.')}"
+        return f"{self.model} M{self.rows} E{self.width}{dtype}"
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One layer, or a stack of them, on B sentences of up to L tokens: width E, H heads, feed-forward width F."""
+
+    model: str
+    batch: int
+    length: int
+    width: int = 512
+    heads: int = 8
+    feedforward: int = 2048
+
+    def __str__(self) -> str:
+        return f"{self.model} B{self.batch} L{self.length} E{self.width} H{self.heads}"
+
+
+@dataclass(frozen=True)
+class Model:
+    """A whole encoder-decoder model on B sentence pairs of up to L tokens."""
+
+    model: str
+    batch: int
+    length: int
+    width: int
+    heads: int
+    feedforward: int
+    layers: int
+    vocabulary: int
+
+    def __str__(self) -> str:
+        return f"{self.model} B{self.batch} L{self.length} E{self.width} N{self.layers} V{self.vocabulary}"
+
+
 # Vaswani et al. 2017, base: E = 512, 8 heads of 64. Sentences of one batch differ in length (bench/baselines.py).
 BASE_64 = Attention("transformer-base", 64, 8, 64, 64)
 BASE_128 = Attention("transformer-base", 32, 8, 128, 128)
@@ -64,3 +110,15 @@ EMBEDDING_BASE = Embedding("transformer-base", 32, 128, 512, 32000)
 EMBEDDING_BIG = Embedding("transformer-big", 16, 128, 1024, 32000)
 EMBEDDING_BASE_BF16 = Embedding("transformer-base", 32, 128, 512, 32000, dtype=torch.bfloat16)
 EMBEDDING_STEP = Embedding("transformer-base step", 64, 1, 512, 32000)  # one decoding step
+
+ROWS_BASE = Rows("transformer-base", 4096, 512)
+ROWS_BASE_BF16 = Rows("transformer-base", 4096, 512, dtype=torch.bfloat16)
+ROWS_BIG = Rows("transformer-big", 4096, 1024)
+ROWS_STEP = Rows("transformer-base step", 64, 512)  # one decoding step
+
+LAYER_BASE_64 = Layer("transformer-base", 32, 64)
+LAYER_BASE_128 = Layer("transformer-base", 16, 128)
+
+# small: what a 2-core machine trains on Multi30k; base: the paper's, with a vocabulary of 8,000
+MODEL_SMALL = Model("transformer-small", 64, 32, 256, 4, 1024, 3, 8000)
+MODEL_BASE = Model("transformer-base", 16, 32, 512, 8, 2048, 6, 8000)

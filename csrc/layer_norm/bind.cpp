@@ -72,12 +72,24 @@ auto on_cpu(Args (*pack)(P...), void (*launch)(const Args&)) {
   return [=](P... args) { launch(pack(args...)); };
 }
 
+#ifdef FUSED_WITH_CUDA
+// The same with the stream, an address, as one more argument at the end.
+template <class Args, class... P>
+auto on_cuda(Args (*pack)(P...), void (*launch)(const Args&, void*)) {
+  return [=](P... args, uintptr_t stream) { launch(pack(args...), at(stream)); };
+}
+#endif
+
 }  // namespace
 
 void register_layer_norm(py::module_& m) {
   using release = py::call_guard<py::gil_scoped_release>;
   m.def("layer_norm_forward", on_cpu(&forward_args, &cpu::layer_norm_forward), release());
   m.def("layer_norm_backward", on_cpu(&backward_args, &cpu::layer_norm_backward), release());
+#ifdef FUSED_WITH_CUDA
+  m.def("layer_norm_forward_cuda", on_cuda(&forward_args, &cuda::layer_norm_forward), release());
+  m.def("layer_norm_backward_cuda", on_cuda(&backward_args, &cuda::layer_norm_backward), release());
+#endif
 }
 
 }  // namespace fused
