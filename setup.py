@@ -3,7 +3,11 @@
 import sys
 from pathlib import Path
 
+import setuptools
 from setuptools import Extension, setup
+
+if int(setuptools.__version__.partition(".")[0]) < 77:  # without build isolation it is whichever is installed
+    raise SystemExit(f"setuptools 77 or later is needed, found {setuptools.__version__}: pip install -U setuptools")
 
 ROOT = Path(__file__).parent.resolve()
 sys.path.insert(0, str(ROOT / "_build"))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 
 import pytest
+import setuptools
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "_build"))
@@ -178,3 +180,34 @@ def test_a_source_that_does_not_compile_leaves_no_object(csrc):
 def test_a_missing_compiler_says_what_to_install():
     with pytest.raises(native.PlatformError, match=r"'no-such-compiler' was not found: install g\+\+, or set CXX"):
         native.version_of(["no-such-compiler"])
+
+
+def test_each_source_is_compiled_for_what_its_name_says(csrc, toolkit, monkeypatch):
+    for name in ("op.cu", "fast_sm90.cu", "op.simd.cpp", "bind.cpp"):
+        (csrc / "op" / name).touch()
+    build = native.BuildNative(setuptools.Distribution())
+    build.compiler_command, build.compiler_version = ["g++"], "some version"
+    build.toolkit, build.archs = toolkit, ["sm_80", "sm_90a", "compute_80"]
+    monkeypatch.setattr(build, "_machine", lambda: "x86_64")
+    jobs = {(job.source.name, job.label): " ".join(job.command) for job in [*build._cpu_jobs(), *build._cuda_jobs()]}
+    isas = ("baseline", "avx2", "avx512")
+    once = [("op.cpp", ""), ("other.cpp", ""), ("bind.cpp", ""), ("op.cu", ""), ("fast_sm90.cu", "")]
+    assert jobs.keys() == {*once, *(("op.simd.cpp", isa) for isa in isas)}
+    for isa in isas:
+        assert f"-DFT_ISA={isa}" in jobs["op.simd.cpp", isa]
+        assert ("-mavx" in jobs["op.simd.cpp", isa]) == (isa != "baseline")
+    for name in ("op.cpp", "other.cpp"):
+        assert "pybind11" not in jobs[name, ""] and "CUDA" not in jobs[name, ""]
+    assert "-DFUSED_WITH_CUDA" in jobs["bind.cpp", ""] and "-DFT_WITH_SM90" in jobs["bind.cpp", ""]
+    assert '-DFT_CUDA_ARCHS="sm_80;sm_90a;compute_80"' in jobs["bind.cpp", ""]
+    assert re.findall(",code=([a-z0-9_]+)", jobs["op.cu", ""]) == ["sm_80", "sm_90a", "compute_80"]
+    assert re.findall(",code=([a-z0-9_]+)", jobs["fast_sm90.cu", ""]) == ["sm_90a"]
+
+
+def test_other_processors_get_one_version_of_each_kernel(csrc, monkeypatch):
+    (csrc / "op" / "op.simd.cpp").touch()
+    build = native.BuildNative(setuptools.Distribution())
+    build.compiler_command, build.compiler_version, build.toolkit, build.archs = ["g++"], "some version", None, []
+    monkeypatch.setattr(build, "_machine", lambda: "aarch64")
+    labels = [job.label for job in build._cpu_jobs() if job.source.name == "op.simd.cpp"]
+    assert labels == ["baseline"]
