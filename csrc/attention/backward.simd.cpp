@@ -4,7 +4,7 @@
 //   delta = sum over d of dO * out
 //
 // Five products per tile and block, 10 D operations per score: bound by the FMA units. Chunks of queries (see tiles.h)
-// meet blocks of keys in a fixed order, and every gradient element is one chain of additions in that order; so the
+// meet blocks of keys in a fixed order, and every gradient element is a sum of tiles' sums in that order; so the
 // result has the same bits however the work is spread over threads. If there are heads enough, a task is a key head and
 // computes all three gradients at once. If not, dK and dV are computed by tasks over ranges of keys and dQ by tasks
 // over chunks, recomputing S and dP once more. A wanted bias gradient is a pass of its own over those bias elements
@@ -210,7 +210,7 @@ void chunk(const AttentionBackward& args, const Sequence& s, int64_t index, int6
   }
   for (int64_t j0 = low; j0 < high; j0 += kKeys) {
     const int count = int(smaller(kKeys, high - j0));
-    load_block(args, s, j0, count, scratch.spare_k, scratch.spare_v, true, scratch.block);
+    load_block(args, s, j0, count, j0 + kKeys < high, scratch.spare_k, scratch.spare_v, true, scratch.block);
     for (int i = 0; i < tiles; ++i) {
       const Tile& t = states[i].tile;
       if (j0 >= t.high || j0 + count <= t.low) continue;

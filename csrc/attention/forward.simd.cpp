@@ -158,7 +158,7 @@ void chunk(const AttentionForward& args, int64_t b, int64_t h, int64_t index, fl
     high = larger(high, state.tile.high);
   }
   for (int64_t j0 = low / kKeys * kKeys; j0 < high; j0 += kKeys) {
-    load_block(args, s, j0, int(smaller(kKeys, high - j0)), spare_k, spare_v, true, block);
+    load_block(args, s, j0, int(smaller(kKeys, high - j0)), j0 + kKeys < high, spare_k, spare_v, true, block);
     for (int i = 0; i < tiles; ++i) {
       const Tile& t = states[i].tile;
       if (j0 >= t.high || j0 + block.count <= t.low) continue;

@@ -3,8 +3,8 @@
 //
 // B and C are row-major with NV vectors a row; A is read one element at a time and broadcast, so it may be stored
 // either way round and needs no packing. MR rows of C stay in registers while k runs: each step is NV loads, MR
-// broadcasts and MR * NV fused multiply-adds. Every element of C is one chain of additions in the order of k,
-// whatever the tile it falls into, so results don't depend on how work is cut.
+// broadcasts and MR * NV fused multiply-adds. Every element is summed over k in order, whatever group of rows it falls
+// into, and then added to C: so long sums are sums of short ones, and results don't depend on how rows are grouped.
 
 #include "../common/simd.h"
 
@@ -31,7 +31,7 @@ FT_INLINE void product_rows(int K, const float* A, int64_t lda, const float* B, 
 #pragma GCC unroll 16
   for (int m = 0; m < MR; ++m)
 #pragma GCC unroll 4
-    for (int n = 0; n < NV; ++n) c[m][n] = accumulate ? load(C + m * ldc + n * kWidth) : Vec{};
+    for (int n = 0; n < NV; ++n) c[m][n] = Vec{};
   for (int k = 0; k < K; ++k) {
     Vec b[NV];
 #pragma GCC unroll 4
@@ -46,7 +46,10 @@ FT_INLINE void product_rows(int K, const float* A, int64_t lda, const float* B, 
 #pragma GCC unroll 16
   for (int m = 0; m < MR; ++m)
 #pragma GCC unroll 4
-    for (int n = 0; n < NV; ++n) store(C + m * ldc + n * kWidth, c[m][n]);
+    for (int n = 0; n < NV; ++n) {
+      float* to = C + m * ldc + n * kWidth;
+      store(to, accumulate ? load(to) + c[m][n] : c[m][n]);
+    }
 }
 
 // The same for a number of rows that is known only now, at most MR.

@@ -51,11 +51,12 @@ struct Tile {
   int64_t full_low, full_high;  // keys inside are seen by all of them, as far as causal and window go
 };
 
-// Tiles are balanced, so that 64 queries become 32 + 32 and not 48 + 16.
+// Tiles begin at multiples of kMaxVecs vectors whatever L is: sums over queries, tile by tile, have the same bits in a
+// padded batch and in a packed one.
 struct Tiling {
   int64_t vectors, tiles;
   explicit Tiling(int64_t L) : vectors((L + kWidth - 1) / kWidth), tiles((vectors + kMaxVecs - 1) / kMaxVecs) {}
-  int64_t first_vector(int64_t tile) const { return tile * vectors / tiles; }
+  int64_t first_vector(int64_t tile) const { return smaller(tile * kMaxVecs, vectors); }
 };
 
 FT_INLINE Tile make_tile(const Attention& args, const Sequence& s, const Tiling& tiling, int64_t index) {
@@ -206,7 +207,8 @@ FT_INLINE void copy_finite(const float* in, int64_t count, float* out) {
   }
 }
 
-FT_INLINE void load_block(const Attention& args, const Sequence& s, int64_t j0, int count, float* spare_k,
+// `more`: whether the block after this one will be read too.
+FT_INLINE void load_block(const Attention& args, const Sequence& s, int64_t j0, int count, bool more, float* spare_k,
                           float* spare_v, bool wants_v, KeyBlock& block) {
   block.j0 = j0;
   block.count = count;
@@ -220,7 +222,7 @@ FT_INLINE void load_block(const Attention& args, const Sequence& s, int64_t j0, 
     if (!k_finite) copy_finite(block.k, count * block.ld, spare_k);
     if (wants_v) {
       const bool v_finite =
-          load_rows(v, args.v.row, count, D, 1.0f, block.v, block.ld, k + kKeys * args.k.row, args.k.row);
+          load_rows(v, args.v.row, count, D, 1.0f, block.v, block.ld, more ? k + kKeys * args.k.row : k, args.k.row);
       block.v_safe = v_finite ? block.v : spare_v;
       if (!v_finite) copy_finite(block.v, count * block.ld, spare_v);
     }

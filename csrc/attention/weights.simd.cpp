@@ -61,7 +61,7 @@ void tile_rows(const AttentionWeights& args, const Sequence& s, int64_t index, f
   std::memset(static_cast<void*>(out), 0, sizeof(T) * t.rows * args.S);
   for (int64_t j0 = t.low / kKeys * kKeys; j0 < t.high; j0 += kKeys) {
     const int count = int(smaller(kKeys, t.high - j0));
-    load_block(args, s, j0, count, spare_k, spare_v, false, block);
+    load_block(args, s, j0, count, j0 + kKeys < t.high, spare_k, spare_v, false, block);
     with_vecs(t.vecs, [&](auto n) {
       const int visible = tile_weights<decltype(n)::value>(args, s, t, block, q, lse, weights, masks);
       panel_to_rows(weights, lanes, visible, t.rows, out + j0, args.S);
