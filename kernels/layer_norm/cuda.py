@@ -35,9 +35,7 @@ def backward(dy, dtotal, total, *args):
     parts = max(1, min(enough, BLOCKS_PER_MULTIPROCESSOR * _multiprocessors(total.device)))
     with torch.cuda.device(total.device):
         current = stream(total)
-        return native.backward(
-            lambda *a: _C.layer_norm_backward_cuda(*a, current), parts, dy, dtotal, total, *args
-        )
+        return native.backward(lambda *a: _C.layer_norm_backward_cuda(*a, current), parts, dy, dtotal, total, *args)
 
 
 @cache
