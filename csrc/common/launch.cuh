@@ -5,7 +5,7 @@
 #include <cstdint>
 
 #ifdef FT_EMULATED
-#include "cuda_emu.h"
+#include <cuda_emu.h>
 
 #define FT_DEVICE inline
 #define FT_SHARED FX_SHARED
