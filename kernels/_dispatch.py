@@ -43,6 +43,11 @@ def use_backend(name: str | None) -> Iterator[None]:
         _forced.reset(token)
 
 
+def forced_backend() -> str | None:
+    """The backend that `use_backend` forces here, or None."""
+    return _forced.get()
+
+
 class Op:
     """The backends of one op in order of preference; the last, "reference", refuses nothing."""
 
@@ -76,7 +81,7 @@ class Op:
 
     def pick(self, *args) -> ModuleType:
         """The first backend that takes `args`; the forced one, if there is one, or an error."""
-        forced = _forced.get()
+        forced = forced_backend()
         reasons = {}
         for backend in (forced,) if forced else self.order:
             why = self.why_not(backend, *args)

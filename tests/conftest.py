@@ -5,6 +5,7 @@
   kernel that leaves an element unwritten can't pass.
 - A test that takes the argument `device` runs on "cpu", and on "cuda" too where there is one (marked gpu, so
   `-m gpu` runs those alone and `-m "not gpu"` none of them).
+- Without a GPU, Triton kernels run in Triton's interpreter, repaired as tests/interpreter.py says.
 - Skips are counted by reason at the end: a suite that skips everything must not look green.
 
 Helpers: tests/oracle.py compares results, tests/inputs.py makes them. Import both as `from tests.oracle import ...`.
@@ -12,6 +13,7 @@ Helpers: tests/oracle.py compares results, tests/inputs.py makes them. Import bo
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import random
 import zlib
@@ -23,6 +25,10 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import pytest
 import torch
 
+# Read when triton is first imported, which is later: without a GPU its kernels run in its interpreter.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "gpu: runs on a CUDA device")
@@ -32,6 +38,10 @@ def pytest_configure(config):
     torch.set_num_threads(max(1, min(2, (os.cpu_count() or 1) // workers)))
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
+    if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
+        from tests import interpreter
+
+        interpreter.repair()
 
 
 def pytest_generate_tests(metafunc):

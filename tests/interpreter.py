@@ -1,0 +1,72 @@
+"""Repairs of Triton's interpreter, which tests without a GPU run the Triton kernels in.
+
+As of Triton 3.7 it converts float32 to bfloat16 by truncation (hardware rounds to nearest even), multiplies the bit
+patterns of bfloat16 tiles in tl.dot, and warns of every overflow that IEEE arithmetic allows. With the repairs bfloat16
+is rounded as the GPU does, and dot multiplies values and sums in float32. `repair()` is called once, before any kernel.
+"""
+
+from __future__ import annotations
+
+from functools import wraps
+
+import numpy as np
+import triton.language as tl
+from triton.runtime import interpreter
+
+Builder = interpreter.InterpreterBuilder
+Handle = interpreter.TensorHandle
+
+
+def to_float32(bits: np.ndarray) -> np.ndarray:
+    """bfloat16 as uint16 bits -> float32, exactly."""
+    return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+def to_bfloat16(values: np.ndarray) -> np.ndarray:
+    """float32 -> bfloat16 as uint16 bits, to nearest, ties to even; NaN stays NaN."""
+    values = np.ascontiguousarray(values, dtype=np.float32)
+    bits = values.view(np.uint32)
+    rounded = (bits + np.uint32(0x7FFF) + ((bits >> 16) & 1)) >> 16
+    return np.where(np.isnan(values), np.uint32(0x7FC0), rounded).astype(np.uint16).reshape(values.shape)
+
+
+def _values(handle: Handle) -> np.ndarray:
+    return to_float32(handle.data) if handle.dtype.scalar == tl.bfloat16 else handle.data
+
+
+def repair() -> None:
+    plain_cast, plain_fp_to_fp, plain_launch = (
+        Builder.cast_impl,
+        Builder.create_fp_to_fp,
+        interpreter.GridExecutor.__call__,
+    )
+
+    def cast(self, source, target_type):
+        target = target_type.scalar
+        if tl.bfloat16 not in (source.dtype.scalar, target) or source.dtype.scalar == target:
+            return plain_cast(self, source, target_type)
+        values = _values(source)
+        if target == tl.bfloat16:
+            return Handle(to_bfloat16(values), target)
+        return Handle(values.astype(interpreter._get_np_dtype(target)), target)
+
+    def fp_to_fp(self, source, target_type, rounding_mode):
+        if tl.bfloat16 in (source.dtype.scalar, target_type.scalar):
+            return cast(self, source, target_type)
+        if {source.dtype.scalar, target_type.scalar} <= {tl.float16, tl.float32, tl.float64}:
+            return plain_cast(self, source, target_type)
+        return plain_fp_to_fp(self, source, target_type, rounding_mode)
+
+    def dot(self, a, b, d, input_precision, max_num_imprecise_acc):
+        product = np.matmul(_values(a).astype(d.data.dtype), _values(b).astype(d.data.dtype))
+        return Handle(product + d.data, d.dtype.scalar)
+
+    @wraps(plain_launch)
+    def launch(self, *args, **kwargs):
+        with np.errstate(all="ignore"):
+            return plain_launch(self, *args, **kwargs)
+
+    Builder.cast_impl, Builder.create_fp_to_fp, Builder.create_dot = cast, fp_to_fp, dot
+    for name in ("si_to_fp", "ui_to_fp", "fp_to_si", "fp_to_ui", "fp_ext", "fp_trunc"):
+        setattr(Builder, f"create_{name}", cast)
+    interpreter.GridExecutor.__call__ = launch
