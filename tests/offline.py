@@ -1,7 +1,7 @@
 """Compiles the Triton kernels for GPUs that are not here, and tells what the compiler made of them.
 
     python -m tests.offline                     what each kernel takes on sm_80, sm_90 and sm_100, as a table
-    python -m tests.offline --write             the same into bench/results/triton_builds.json, which a test compares with
+    python -m tests.offline --write             and into bench/results/triton_builds.json, which a test compares with
     python -m tests.offline --op attention --arch 90
 
 Nothing about a kernel is repeated here: the ops are called as users call them (tests/kernels/builds_<op>.py names the
@@ -159,6 +159,22 @@ def all_builds(chosen_ops: list[str], archs: list[int]) -> list[Build]:
         return sorted((b for some in results for b in some), key=lambda b: (*b.key, b.warps, b.stages, b.shared))
 
 
+def compiles_of_other_sizes(op: str, calls: int = 20) -> list[int]:
+    """How many kernels each of `calls` calls compiled that none before it had: all but the first should be 0."""
+    from fused_transformer.kernels import use_backend
+
+    vary = importlib.import_module(f"tests.kernels.builds_{op}").vary
+    seen: set[int] = set()
+    counts = []
+    for index in range(calls):
+        with compiling_for(90) as launched, use_backend("triton"):
+            vary(index)
+        new = {id(kernel) for _, kernel in launched} - seen
+        seen |= new
+        counts.append(len(new))
+    return counts
+
+
 def table(rows: list[Build]) -> str:
     names = ("job", "kernel", "arch", "warps", "stages", "registers", "spills", "shared", "tensor_core")
     cells = [names, *(tuple(str(getattr(row, name)) for name in names) for row in rows)]
@@ -172,11 +188,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.offline", description=__doc__.partition("\n")[0])
     parser.add_argument("--op", action="append", choices=ops(), help="this op alone (may be repeated)")
     parser.add_argument("--arch", action="append", type=int, choices=ARCHS, help="this architecture alone")
+    parser.add_argument("--vary", action="store_true", help="print how much each of 20 calls of other sizes compiles")
     parser.add_argument("--json", action="store_true", help="print JSON in place of a table")
     parser.add_argument(
         "--write", action="store_true", help=f"write {RECORD.relative_to(ROOT)}, for all that was not left out"
     )
     options = parser.parse_args()
+    if options.vary:
+        print(json.dumps([compiles_of_other_sizes(op) for op in options.op or ops()]))  # noqa: T201
+        return
     rows = all_builds(options.op or ops(), options.arch or list(ARCHS))
     if options.write:
         write_record(triton.__version__, rows, options.op or ops(), options.arch or list(ARCHS))
