@@ -81,8 +81,9 @@ class Job:
         part.replace(self.target)  # whole or not at all
 
 
-def texts(source: Path) -> list[str]:
+def texts(source: Path, csrc: Path | None = None) -> list[str]:
     """The text of a source and of every file of csrc that it includes, directly or not."""
+    csrc = csrc or CSRC
     seen: dict[Path, str] = {}
     todo = [source]
     while todo:
@@ -91,8 +92,8 @@ def texts(source: Path) -> list[str]:
             continue
         seen[path] = path.read_text(encoding="utf-8")
         for name in re.findall(r'^\s*#\s*include\s*"([^"]+)"', seen[path], re.MULTILINE):
-            todo += [found for found in ((path.parent / name).resolve(), CSRC / name) if found.is_file()]
-    return [f"{path.relative_to(CSRC)}\n{seen[path]}" for path in sorted(seen)]
+            todo += [found for found in ((path.parent / name).resolve(), csrc / name) if found.is_file()]
+    return [f"{path.relative_to(csrc)}\n{seen[path]}" for path in sorted(seen)]
 
 
 def version_of(compiler: list[str]) -> str:

@@ -39,11 +39,6 @@ def ptr(x: Tensor | None) -> int:
     return 0 if x is None else x.data_ptr()
 
 
-def stream(x: Tensor) -> int:
-    """The current CUDA stream of x's device, as an address."""
-    return torch.cuda.current_stream(x.device).cuda_stream
-
-
 def refuses_tensors(device: str, **tensors: Tensor | None) -> str | None:
     """Why the native kernels for `device` can't take these float tensors, or None."""
     for name, x in tensors.items():

@@ -6,6 +6,8 @@
 - A test that takes the argument `device` runs on "cpu", and on "cuda" too where there is one (marked gpu, so
   `-m gpu` runs those alone and `-m "not gpu"` none of them).
 - Without a GPU, Triton kernels run in Triton's interpreter, repaired as tests/interpreter.py says.
+- Without a GPU, CUDA kernels are compiled by g++ and run on the CPU (tests/emulated.py): the backend "cuda" is named
+  cuda-emulated then, and its tests are marked emulated.
 - Skips are counted by reason at the end: a suite that skips everything must not look green.
 
 Helpers: tests/oracle.py compares results, tests/inputs.py makes them. Import both as `from tests.oracle import ...`.
@@ -25,6 +27,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import pytest
 import torch
 
+from tests import emulated
+
 # Read when triton is first imported, which is later: without a GPU its kernels run in its interpreter.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -33,6 +37,7 @@ if not torch.cuda.is_available():
 def pytest_configure(config):
     config.addinivalue_line("markers", "gpu: runs on a CUDA device")
     config.addinivalue_line("markers", "slow: takes more than about ten seconds")
+    config.addinivalue_line("markers", "emulated: runs CUDA kernels on the CPU")
     workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
     # Two threads even on a large machine: enough to go through the parallel code, and tests are small.
     torch.set_num_threads(max(1, min(2, (os.cpu_count() or 1) // workers)))
@@ -42,6 +47,17 @@ def pytest_configure(config):
         from tests import interpreter
 
         interpreter.repair()
+    emulated.install()
+
+
+def pytest_make_parametrize_id(config, val, argname):
+    return "cuda-emulated" if argname == "backend" and val == "cuda" and emulated.installed() else None
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if "cuda-emulated" in item.nodeid:
+            item.add_marker(pytest.mark.emulated)
 
 
 def pytest_generate_tests(metafunc):

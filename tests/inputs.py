@@ -25,6 +25,7 @@ from torch import Tensor
 
 from fused_transformer.kernels import use_backend
 from fused_transformer.kernels._dispatch import Op
+from tests import emulated
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _SHORT = {torch.float64: "f64", torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
@@ -108,16 +109,18 @@ LAYOUTS = {
 
 def skip_if_refused(op: Op, backend: str, *args) -> None:
     """Skip the test, with the backend's own sentence, if it does not take the arguments of its forward()."""
-    why = op.why_not(backend, *args)
+    with emulated.wanted():
+        why = op.why_not(backend, *args)
     if why is not None:
         pytest.skip(f"{op.name}, {backend}: {why}")
 
 
 @contextmanager
 def running_on(backend: str) -> Iterator[None]:
-    """use_backend(backend), where a refusal skips the test with the backend's sentence."""
+    """use_backend(backend), where a refusal skips the test with the backend's sentence. "cuda" without a device is the
+    emulator of tests/emulated.py."""
     try:
-        with use_backend(backend):
+        with use_backend(backend), emulated.wanted():
             yield
     except NotImplementedError as refusal:
         first, _, rest = str(refusal).partition("\n")
