@@ -11,6 +11,7 @@ Masks have one meaning on this floor: `keep`, True = attend.
 from fused_transformer.kernels._dispatch import BACKENDS, OPS, use_backend
 from fused_transformer.kernels._philox import new_seed
 from fused_transformer.kernels.attention import attention, attention_weights, attention_with_lse
+from fused_transformer.kernels.decode_attention import decode_attention, decode_attention_with_lse
 from fused_transformer.kernels.embedding import embedding, sinusoidal_positions
 from fused_transformer.kernels.layer_norm import (
     add_layer_norm,
@@ -31,6 +32,8 @@ __all__ = [
     "attention",
     "attention_weights",
     "attention_with_lse",
+    "decode_attention",
+    "decode_attention_with_lse",
     "embedding",
     "layer_norm",
     "new_seed",

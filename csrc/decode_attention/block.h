@@ -1,0 +1,228 @@
+#pragma once
+// One block of keys and values beside a few query rows: scores, softmax, weighted sum.
+//
+// A lane is an element of a head: keys and values are read as they lie, whole vectors at a time, and each is loaded
+// once for up to kGroup query rows. (`attention` has queries as lanes, which a single query would leave idle.) Sums
+// over keys run in the order of the keys, each row's own in the same order whatever rows stand beside it.
+
+#include "../common/simd.h"
+#include "decode_attention.h"
+
+namespace fused::cpu::FT_ISA::decode {
+
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int kRegisters = 32;
+#else
+constexpr int kRegisters = 16;
+#endif
+
+constexpr int kRows = 16;                         // query rows of a task
+constexpr int kBlock = 64;                        // keys of a block: its values stay in the first cache, D = 64 ... 128
+constexpr int kGroup = kRegisters == 32 ? 4 : 2;  // query rows in registers
+constexpr int kKeysAtOnce = 4;                    // keys in registers: kGroup * 4 sums run side by side
+constexpr int kLd = kMaxHeadWidth;                // floats between rows of queries and sums
+
+FT_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+FT_INLINE Vec shuffle(Vec a, Vec b, IVec from) {
+#if defined(__clang__)
+  Vec out;
+  for (int i = 0; i < kWidth; ++i) out[i] = from[i] < kWidth ? a[from[i]] : b[from[i] - kWidth];
+  return out;
+#else
+  return __builtin_shuffle(a, b, from);
+#endif
+}
+
+// The sums of kWidth vectors: lane i of the result is the sum of the lanes of v[i]. Each step adds the halves of
+// vectors kHalf apart and packs the two results into one.
+template <int kHalf>
+FT_INLINE Vec sum_lanes(Vec* v) {
+  if constexpr (kHalf == 0) {
+    return v[0];
+  } else {
+    IVec low{}, high{};
+#pragma GCC unroll 16
+    for (int i = 0; i < kWidth; ++i) {
+      low[i] = (i & kHalf) ? kWidth + i - kHalf : i;
+      high[i] = (i & kHalf) ? kWidth + i : i + kHalf;
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < kHalf; ++i) v[i] = shuffle(v[i], v[i + kHalf], low) + shuffle(v[i], v[i + kHalf], high);
+    return sum_lanes<kHalf / 2>(v);
+  }
+}
+
+FT_INLINE float largest_lane(Vec v) {
+  float lane[kWidth];
+  store(lane, v);
+  float largest = lane[0];
+  for (int i = 1; i < kWidth; ++i) largest = lane[i] > largest ? lane[i] : largest;
+  return largest;
+}
+
+// Where the keys and values of a block lie.
+template <class T>
+struct Block {
+  const T* keys[kBlock];
+  const T* values[kBlock];
+  int count;
+};
+
+// Asks for a row that is read soon: the rows of a table are scattered, and the hardware's own prefetcher stops at every
+// page (16 rows of 64 floats).
+template <class T>
+FT_INLINE void fetch(const T* row, int D) {
+  for (int d = 0; d < D; d += int(64 / sizeof(T))) __builtin_prefetch(row + d);
+}
+
+// scores[m][j] = q[m] . keys[j] for MR rows; beyond the last key, up to a whole vector, any finite number or NaN.
+template <int MR, class T>
+FT_INLINE void score(const float* q, const Block<T>& block, int D, bool fetch_values, float* scores) {
+  const int whole = D / kWidth * kWidth, rest = D - whole;
+  for (int j0 = 0; j0 < block.count; j0 += kWidth) {
+    Vec sums[MR][kWidth];
+    for (int j = 0; j < kWidth; j += kKeysAtOnce) {
+      const T* keys[kKeysAtOnce];
+      Vec c[MR][kKeysAtOnce];
+#pragma GCC unroll 4
+      for (int x = 0; x < kKeysAtOnce; ++x) {
+        const int index = int(smaller(j0 + j + x, block.count - 1));
+        keys[x] = block.keys[index];
+        if (fetch_values) fetch(block.values[index], D);
+#pragma GCC unroll 4
+        for (int m = 0; m < MR; ++m) c[m][x] = Vec{};
+      }
+      if (j0 + j < block.count) {
+        for (int d = 0; d < whole; d += kWidth) {
+#pragma GCC unroll 4
+          for (int x = 0; x < kKeysAtOnce; ++x) {
+            const Vec key = load(keys[x] + d);
+#pragma GCC unroll 4
+            for (int m = 0; m < MR; ++m) c[m][x] += key * load(q + m * kLd + d);
+          }
+        }
+        if (rest > 0) {
+#pragma GCC unroll 4
+          for (int x = 0; x < kKeysAtOnce; ++x) {
+            const Vec key = load(keys[x] + whole, rest);
+#pragma GCC unroll 4
+            for (int m = 0; m < MR; ++m) c[m][x] += key * load(q + m * kLd + whole);
+          }
+        }
+      }
+#pragma GCC unroll 4
+      for (int x = 0; x < kKeysAtOnce; ++x)
+#pragma GCC unroll 4
+        for (int m = 0; m < MR; ++m) sums[m][j + x] = c[m][x];
+    }
+    for (int m = 0; m < MR; ++m) store(scores + m * kBlock + j0, sum_lanes<kWidth / 2>(sums[m]));
+  }
+}
+
+// The softmax of one row, carried over blocks. Returns what its sums so far are to be multiplied by.
+struct Softmax {
+  float maximum = -kInf, sum = 0.0f;
+
+  // scores[0 ... count) become weights, relative to the maximum so far.
+  FT_INLINE float fold(float* scores, int count) {
+    if (count == 0) return 1.0f;
+    const int vectors = (count + kWidth - 1) / kWidth;
+    float* last = scores + (vectors - 1) * kWidth;
+    store(last, lanes_index() < splat_int(count - (vectors - 1) * kWidth) ? load(last) : splat(-kInf));
+    Vec top = splat(maximum);
+    for (int v = 0; v < vectors; ++v) top = vmax(load(scores + v * kWidth), top);
+    const float before = maximum;
+    maximum = largest_lane(top);
+    // While all scores are -inf: shift by 0, so that exp gives 0 and not NaN.
+    const Vec shift = splat(maximum == -kInf ? 0.0f : maximum);
+    Vec total{};
+    for (int v = 0; v < vectors; ++v) {
+      const Vec weight = exp(load(scores + v * kWidth) - shift);
+      store(scores + v * kWidth, weight);
+      total += weight;
+    }
+    const float decay = exp(splat(before) - shift)[0];
+    sum = sum * decay + reduce_sum(total);
+    return decay;
+  }
+};
+
+// sums[m] = sums[m] * decay[m] + weights[m][0 ... counts[m]) values, for NV vectors at column d of MR rows. Each row
+// takes its own number of keys: a value that it does not see is not multiplied by 0 either, which would keep a NaN.
+// `next`: the block whose keys are asked for meanwhile, or nullptr.
+template <int MR, int NV, bool kPart, class T>
+FT_INLINE void weigh(const float* weights, const int* counts, const float* decay, const Block<T>& block,
+                     const Block<T>* next, int D, int d, float* sums) {
+  const int part = D - d;
+  const auto load_value = [&](int j, int n) {
+    if constexpr (kPart) return load(block.values[j] + d, part);
+    return load(block.values[j] + d + n * kWidth);
+  };
+  int common = counts[0];
+  Vec c[MR][NV];
+#pragma GCC unroll 4
+  for (int m = 0; m < MR; ++m) {
+    common = int(smaller(common, counts[m]));
+#pragma GCC unroll 4
+    for (int n = 0; n < NV; ++n) c[m][n] = Vec{};
+  }
+  for (int j = 0; j < common; ++j) {
+    if (next != nullptr && j < next->count) fetch(next->keys[j], D);
+#pragma GCC unroll 4
+    for (int n = 0; n < NV; ++n) {
+      const Vec value = load_value(j, n);
+#pragma GCC unroll 4
+      for (int m = 0; m < MR; ++m) c[m][n] += splat(weights[m * kBlock + j]) * value;
+    }
+  }
+#pragma GCC unroll 4
+  for (int m = 0; m < MR; ++m) {
+    for (int j = common; j < counts[m]; ++j)
+#pragma GCC unroll 4
+      for (int n = 0; n < NV; ++n) c[m][n] += splat(weights[m * kBlock + j]) * load_value(j, n);
+#pragma GCC unroll 4
+    for (int n = 0; n < NV; ++n) {
+      float* to = sums + m * kLd + d + n * kWidth;
+      store(to, load(to) * splat(decay[m]) + c[m][n]);
+    }
+  }
+}
+
+// Folds a block into the sums of MR rows. counts[m]: how many of the block's keys row m sees. While keys are read the
+// block's values are asked for (if `first`: the first group of rows does it for all), and then the keys of `next`.
+template <int MR, class T>
+FT_INLINE void fold_rows(const float* q, const Block<T>& block, const Block<T>* next, bool first, const int* counts,
+                         int D, Softmax* softmax, float* sums) {
+  constexpr int NV = 4;
+  float scores[MR * kBlock], decay[MR];
+  score<MR>(q, block, D, first, scores);
+  for (int m = 0; m < MR; ++m) decay[m] = softmax[m].fold(scores + m * kBlock, counts[m]);
+  int d = 0;
+  for (; d + NV * kWidth <= D; d += NV * kWidth)
+    weigh<MR, NV, false>(scores, counts, decay, block, d == 0 ? next : nullptr, D, d, sums);
+  for (; d + kWidth <= D; d += kWidth)
+    weigh<MR, 1, false>(scores, counts, decay, block, d == 0 ? next : nullptr, D, d, sums);
+  if (d < D) weigh<MR, 1, true>(scores, counts, decay, block, d == 0 ? next : nullptr, D, d, sums);
+}
+
+// The same for as many rows as fit in registers, of `rows` that are left; returns how many it took.
+template <class T>
+FT_INLINE int fold_group(int rows, const float* q, const Block<T>& block, const Block<T>* next, bool first,
+                         const int* counts, int D, Softmax* softmax, float* sums) {
+  if (!first) next = nullptr;
+  if constexpr (kGroup >= 4) {
+    if (rows >= 4) {
+      fold_rows<4>(q, block, next, first, counts, D, softmax, sums);
+      return 4;
+    }
+  }
+  if (rows >= 2) {
+    fold_rows<2>(q, block, next, first, counts, D, softmax, sums);
+    return 2;
+  }
+  fold_rows<1>(q, block, next, first, counts, D, softmax, sums);
+  return 1;
+}
+
+}  // namespace fused::cpu::FT_ISA::decode

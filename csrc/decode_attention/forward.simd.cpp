@@ -1,0 +1,173 @@
+// Decode attention on the CPU: one pass over the cache with an online softmax, 64 keys at a time.
+//
+// A task is up to 16 query rows (the L queries of the query heads that share a key head) beside up to kSplit keys of
+// that head. Each key and value is read once, where it lies, and serves all rows of the task while it is in the first
+// cache. Per key and row that is 2 D multiply-adds, per key 2 D elements of the cache: with one row a multiply-add an
+// element, so the cache's memory bounds the time: 2 * length * D * sizeof(element) bytes a key head.
+//
+// Splits are cut at multiples of kSplit and merged in order, whatever the threads and the other sequences: the same
+// bits always. A cache of one split writes its outputs at once.
+
+#include "../common/parallel.h"
+#include "block.h"
+
+namespace fused::cpu::FT_ISA {
+namespace {
+
+using namespace decode;
+using Integers = DecodeAttention::Integers;
+
+FT_INLINE int64_t at(const Integers& x, int64_t index) {
+  return x.wide ? static_cast<const int64_t*>(x.data)[index] : static_cast<const int32_t*>(x.data)[index];
+}
+
+FT_INLINE int64_t keys_of(const DecodeAttention& args, int64_t b) {
+  return args.lengths.data == nullptr ? args.C : at(args.lengths, b);
+}
+
+template <class F>
+FT_INLINE void with_storage(DType dtype, F&& f) {  // dispatch() of dtype.h, without its std:: error path
+  if (dtype == DType::f32) return f(Tag<float>{});
+  if (dtype == DType::f16) return f(Tag<f16>{});
+  return f(Tag<bf16>{});
+}
+
+template <class T>
+FT_INLINE T* element(const DecodeAttention::Tensor& x, int64_t i0, int64_t i1, int64_t i2) {
+  return static_cast<T*>(x.data) + i0 * x.stride[0] + i1 * x.stride[1] + i2 * x.stride[2];
+}
+
+// Query rows `first` ... `first + rows` of one sequence and key head; row i is query i % L of the group's head i / L.
+struct Rows {
+  int64_t b, hk, first;
+  int rows;
+
+  FT_INLINE int64_t head(const DecodeAttention& args, int m) const {
+    return hk * (args.H / args.Hk) + (first + m) / args.L;
+  }
+  FT_INLINE int64_t query(const DecodeAttention& args, int m) const { return (first + m) % args.L; }
+};
+
+// Row m of the part that split `split` has in the partial results: D sums, padded to vectors; the maximum; the sum.
+FT_INLINE float* part(const DecodeAttention& args, int64_t b, int64_t h, int64_t i, int64_t split) {
+  const int64_t splits = (args.C + kSplit - 1) / kSplit, width = (args.D + 15) / 16 * 16;
+  return args.partial + (((b * args.H + h) * args.L + i) * splits + split) * (width + 2);
+}
+
+FT_INLINE void write(const DecodeAttention& args, int64_t b, int64_t h, int64_t i, const float* sums, Softmax softmax) {
+  const int D = int(args.D);
+  const Vec factor = splat(softmax.sum == 0.0f ? 0.0f : 1.0f / softmax.sum);
+  with_storage(args.dtype, [&](auto tag) {
+    auto* out = element<typename decltype(tag)::type>(args.out, b, h, i);
+    for (int d = 0; d < D; d += kWidth) store(out + d, load(sums + d) * factor, int(smaller(kWidth, D - d)));
+  });
+  if (args.lse == nullptr) return;
+  args.lse[(b * args.H + h) * args.L + i] = softmax.sum == 0.0f ? -kInf : softmax.maximum + __builtin_logf(softmax.sum);
+}
+
+// The keys first ... first + block.count of a sequence.
+template <class T>
+FT_INLINE void locate(const DecodeAttention& args, const Rows& r, int64_t first, int64_t stop, Block<T>& block) {
+  block.count = int(smaller(kBlock, stop - first));
+  for (int j = 0; j < block.count; ++j) {
+    const int64_t position = first + j;
+    const int64_t row =
+        args.rows.data == nullptr ? r.b : at(args.rows, r.b * args.rows_batch + position * args.rows_position);
+    block.keys[j] = element<const T>(args.k, row, r.hk, position);
+    block.values[j] = element<const T>(args.v, row, r.hk, position);
+  }
+}
+
+template <class T>
+void task(const DecodeAttention& args, const Rows& r, int64_t split) {
+  const int D = int(args.D);
+  const int64_t n = keys_of(args, r.b), start = split * kSplit, stop = smaller(n, start + kSplit);
+  if (stop <= start && split > 0) return;
+
+  float q[kRows * kLd], sums[kRows * kLd];
+  Softmax softmax[kRows];
+  int64_t seen[kRows];  // keys that a row sees
+  for (int m = 0; m < r.rows; ++m) {
+    const int64_t i = r.query(args, m);
+    const T* row = element<const T>(args.q, r.b, r.head(args, m), i);
+    for (int d = 0; d < D; d += kWidth) {
+      store(q + m * kLd + d, load(row + d, int(smaller(kWidth, D - d))) * splat(args.scale));
+      store(sums + m * kLd + d, Vec{});
+    }
+    seen[m] = args.causal ? n - (args.L - 1 - i) : n;
+  }
+
+  Block<T> blocks[2];
+  if (start < stop) locate(args, r, start, stop, blocks[0]);
+  for (int64_t j = start, turn = 0; j < stop; j += kBlock, ++turn) {
+    const Block<T>& block = blocks[turn % 2];
+    Block<T>* next = nullptr;
+    if (j + kBlock < stop) {
+      next = &blocks[(turn + 1) % 2];
+      locate(args, r, j + kBlock, stop, *next);
+    }
+    int counts[kRows];
+    for (int m = 0; m < r.rows; ++m) {
+      const int64_t count = smaller(seen[m] - j, block.count);
+      counts[m] = count < 0 ? 0 : int(count);
+    }
+    for (int m = 0, step = 0; m < r.rows; m += step) {
+      step = fold_group(r.rows - m, q + m * kLd, block, next, m == 0, counts + m, D, softmax + m, sums + m * kLd);
+    }
+  }
+
+  for (int m = 0; m < r.rows; ++m) {
+    const int64_t h = r.head(args, m), i = r.query(args, m);
+    if (args.C <= kSplit) {
+      write(args, r.b, h, i, sums + m * kLd, softmax[m]);
+    } else {
+      float* to = part(args, r.b, h, i, split);
+      for (int d = 0; d < D; d += kWidth) store(to + d, load(sums + m * kLd + d));
+      to[(D + 15) / 16 * 16] = softmax[m].maximum;
+      to[(D + 15) / 16 * 16 + 1] = softmax[m].sum;
+    }
+  }
+}
+
+// The parts of one query, in order.
+void merge(const DecodeAttention& args, int64_t b, int64_t h, int64_t i) {
+  const int D = int(args.D), width = (D + 15) / 16 * 16;
+  const int64_t splits = (keys_of(args, b) + kSplit - 1) / kSplit;
+  Softmax total;
+  for (int64_t s = 0; s < splits; ++s) {
+    const float maximum = part(args, b, h, i, s)[width];
+    if (maximum > total.maximum) total.maximum = maximum;
+  }
+  const Vec shift = splat(total.maximum == -kInf ? 0.0f : total.maximum);
+  float sums[kLd];
+  for (int d = 0; d < D; d += kWidth) store(sums + d, Vec{});
+  for (int64_t s = 0; s < splits; ++s) {
+    const float* from = part(args, b, h, i, s);
+    const Vec factor = exp(splat(from[width]) - shift);
+    for (int d = 0; d < D; d += kWidth) store(sums + d, load(sums + d) + load(from + d) * factor);
+    total.sum += from[width + 1] * factor[0];
+  }
+  write(args, b, h, i, sums, total);
+}
+
+}  // namespace
+
+void decode_attention(const DecodeAttention& args) {
+  const int64_t rows = args.H / args.Hk * args.L, tiles = (rows + kRows - 1) / kRows;
+  const int64_t splits = args.C <= kSplit ? 1 : (args.C + kSplit - 1) / kSplit;
+  int64_t keys = 0;
+  for (int64_t b = 0; b < args.B; ++b) keys += keys_of(args, b);
+  // The sequences of a head follow each other: beams, which are neighbours, read the same keys where they agree.
+  parallel_tasks(args.Hk * args.B * tiles * splits, keys * args.H * args.L * args.D, [&](int64_t index) {
+    const int64_t split = index % splits, tile = index / splits % tiles, b = index / splits / tiles % args.B;
+    const int64_t first = tile * kRows;
+    const Rows r{b, index / splits / tiles / args.B, first, int(smaller(kRows, rows - first))};
+    with_storage(args.dtype, [&](auto tag) { task<typename decltype(tag)::type>(args, r, split); });
+  });
+  if (splits == 1) return;
+  const int64_t queries = args.B * args.H * args.L;
+  parallel_for(queries, queries * splits * args.D,
+               [&](int64_t index) { merge(args, index / args.L / args.H, index / args.L % args.H, index % args.L); });
+}
+
+}  // namespace fused::cpu::FT_ISA

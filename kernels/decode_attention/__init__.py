@@ -1,0 +1,165 @@
+"""Attention of the newest queries over a cache of keys and values: what a decoding step does. For inference alone."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from fused_transformer.kernels._checks import dense_last, require, require_float, require_same, require_shape
+from fused_transformer.kernels._compile import graph_break
+from fused_transformer.kernels._dispatch import Op
+
+op = Op(__name__, order=("cuda", "triton", "cpu", "reference"))
+
+_INTEGERS = (torch.int32, torch.int64)
+
+
+def decode_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    lengths: Tensor | None = None,
+    *,
+    rows: Tensor | None = None,
+    causal: bool = True,
+    scale: float | None = None,
+) -> Tensor:
+    """Attention of a few queries, the newest of each sequence, over keys and values that lie in a cache.
+
+        out[b, h, i] = Σ_j softmax_j(scale · q[b, h, i] · k_j) v_j
+
+        over the keys  j < lengths[b] - (L - 1 - i)        causal: the last query sees the last key, the one before it
+                                                           one less, as `causal="bottom_right"` of `attention`
+                       j < lengths[b]                      not causal: the keys of an encoder, say
+        where          k_j = k_cache[row, h // (H / H_k), j], likewise v_j
+        with  row =    b                                   if rows is None
+                       rows[b]                             if rows is (B,): queries share a row, as beams a source's
+                       rows[b, j]                          if rows is (B, C): each position in a row of its own
+
+    The last form reorders beams without moving the cache: let position j of hypothesis b be written to row b; when b
+    goes on from hypothesis p, `rows[b] = rows[p]` is all there is to do.
+
+    Args:
+        q: (B, H, L, D), the queries of the newest L positions; L is 1, or a few (a forced prefix, a draft to verify, or
+            beams laid side by side over one source, not causal). float32, float16, bfloat16 or float64 (reference
+            only); any strides. The fused backends take D from 1 to 256.
+        k_cache, v_cache: (R, H_k, C, D), R rows with room for C positions; H a multiple of H_k (grouped-query
+            attention). Any strides but along the last axis, which must be contiguous: a cache is never copied. What
+            lies beyond the lengths, and in rows that nobody reads, may be anything.
+        lengths: (B,) int32 or int64, 0 ... C: how many keys the sequence has, the L newest included. None: C for all.
+        rows: None (then R = B), (B,) or (B, C), int32 or int64, 0 ... R - 1. What a (B, C) table holds at and beyond
+            the length is never read. int32 is better: half as much to read.
+        causal: False if all queries see all the keys.
+        scale: default 1 / √D.
+
+    Returns:
+        q's shape, dtype and device. A query without keys gives 0.
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not fit, a length or row is out of its range, or a gradient is asked
+            for; the sentence says which. On a GPU the numbers in lengths and rows are not looked at (the host would
+            have to wait for the device): those out of range count as the nearest that is not.
+        NotImplementedError: a backend was forced that refuses these arguments.
+
+    Numerics: scores, softmax and sums in float32; error at most twice that of plain torch in the same dtype. NaN or
+        Inf in a key or value that a query does not see never reaches its output. Deterministic: the same bits on every
+        run; a sequence's result depends on its own queries, keys and length and on C, and on nothing else in the batch.
+    Source: Vaswani et al. 2017, eq. 1; keys split over processors and merged by their softmax statistics: Dao et al.
+        2023, "Flash-Decoding for long-context inference".
+    """
+    return _decode(q, k_cache, v_cache, lengths, rows, causal, scale, wants_lse=False)[0]
+
+
+def decode_attention_with_lse(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    lengths: Tensor | None = None,
+    *,
+    rows: Tensor | None = None,
+    causal: bool = True,
+    scale: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`decode_attention`, and the logarithm of each query's softmax denominator.
+
+        lse[b, h, i] = log Σ_j exp(scale · q[b, h, i] · k_j)        over the keys that the query sees; -inf if none
+
+    Two results over disjoint keys merge by it: with lse = log(exp(lse1) + exp(lse2)) the attention to both is
+    exp(lse1 - lse) · out1 + exp(lse2 - lse) · out2.
+
+    Returns:
+        out: as `decode_attention`.
+        lse: (B, H, L) float32 (float64 for float64 inputs).
+    """
+    out, lse = _decode(q, k_cache, v_cache, lengths, rows, causal, scale, wants_lse=True)
+    assert lse is not None
+    return out, lse
+
+
+@graph_break
+def _decode(q, k_cache, v_cache, lengths, rows, causal, scale, *, wants_lse: bool) -> tuple[Tensor, Tensor | None]:
+    _check_tensors(q, k_cache, v_cache)
+    batch, capacity = q.shape[0], k_cache.shape[2]
+    if lengths is not None:
+        lengths = _check_integers("lengths", lengths, q)
+        require_shape("lengths", lengths, (batch,))
+    if rows is None:
+        require(
+            k_cache.shape[0] == batch,
+            f"without rows the cache has one row for each sequence of q, got {k_cache.shape[0]} and {batch}",
+        )
+    else:
+        rows = _check_integers("rows", rows, q)
+        require(
+            tuple(rows.shape) in ((batch,), (batch, capacity)),
+            f"rows must have shape (B,) = ({batch},) or (B, C) = ({batch}, {capacity}), got {tuple(rows.shape)}",
+        )
+        require(k_cache.shape[0] > 0 or batch == 0, "rows are given, but the cache has none")
+    scale = 1.0 / math.sqrt(max(q.shape[-1], 1)) if scale is None else float(scale)
+    arguments = (dense_last(q), k_cache, v_cache, lengths, rows, bool(causal), scale, wants_lse)
+    return op.pick(*arguments).forward(*arguments)
+
+
+def _check_tensors(q: Tensor, k_cache: Tensor, v_cache: Tensor) -> None:
+    tensors = {"q": q, "k_cache": k_cache, "v_cache": v_cache}
+    require_float(**tensors)
+    require_same("dtype", **tensors)
+    require_same("device", **tensors)
+    for name, x in tensors.items():
+        axes = "(B, H, L, D)" if x is q else "(R, H_k, C, D)"
+        require(x.dim() == 4, f"{name} must have shape {axes}, got {tuple(x.shape)}")
+        require(
+            x is q or x.shape[-1] <= 1 or x.stride(-1) == 1,
+            f"{name} must be contiguous along its last axis, got strides {x.stride()}: a cache is never copied",
+        )
+    require(
+        k_cache.shape == v_cache.shape,
+        f"k_cache and v_cache must have the same shape, got {tuple(k_cache.shape)} and {tuple(v_cache.shape)}",
+    )
+    require(
+        q.shape[-1] == k_cache.shape[-1],
+        f"q and k_cache must agree in head width, got {q.shape[-1]} and {k_cache.shape[-1]}",
+    )
+    heads, k_heads = q.shape[1], k_cache.shape[1]
+    require(
+        k_heads > 0 and heads % k_heads == 0,
+        f"the heads of q must be a multiple of those of the cache, got {heads} and {k_heads}",
+    )
+    if torch.is_grad_enabled():
+        for name, x in tensors.items():
+            require(
+                not x.requires_grad,
+                f"decode_attention has no gradient, and {name} requires one: use torch.no_grad(), or attention",
+            )
+
+
+def _check_integers(name: str, x: Tensor, q: Tensor) -> Tensor:
+    """x with a contiguous last axis, if it can be numbers of this op at all; its values are the backend's to check."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+    dtype = str(x.dtype).removeprefix("torch.")
+    require(x.dtype in _INTEGERS, f"{name} must be int32 or int64, got {dtype}")
+    require(x.device == q.device, f"{name} must be on {q.device}, as q is, got {x.device}")
+    return dense_last(x) if x.dim() else x
