@@ -11,14 +11,17 @@
 
 #include "hopper.h"
 #include "shared.h"
+#include "thread.h"
 #include "warp.h"
 
 namespace emu {
 
 Block block;
-Thread* thread = nullptr;
+Position* position = nullptr;
 
 namespace {
+
+constexpr int kNamedBarriers = 16;
 
 // In the order of Kind.
 constexpr const char* kNames[] = {"running", "__syncthreads", "bar.sync", "__syncwarp", "__shfl_sync",
@@ -112,7 +115,9 @@ void (*kernel_body)(void*);
 void* kernel_argument;
 std::string error;  // the first of this launch
 bool cancelling;
-Clock launched, ended;  // what the host did before the launch, what the threads did before it ended
+Rendezvous barriers[kNamedBarriers];  // 0 is that of __syncthreads
+int votes_at_barrier[2];              // in barrier 0, of even and odd generations
+Clock launched, ended;                // what the host did before the launch, what the threads did before it ended
 
 void record(const std::string& what) {
   if (error.empty()) error = what;
@@ -120,11 +125,11 @@ void record(const std::string& what) {
 
 std::string here() {
   char text[128];
-  if (thread == nullptr) {
+  if (position == nullptr) {
     std::snprintf(text, sizeof text, "block (%u, %u, %u): ", block.index.x, block.index.y, block.index.z);
   } else {
     std::snprintf(text, sizeof text, "block (%u, %u, %u) thread (%u, %u, %u): ", block.index.x, block.index.y,
-                  block.index.z, thread->index.x, thread->index.y, thread->index.z);
+                  block.index.z, position->index.x, position->index.y, position->index.z);
   }
   return text;
 }
@@ -135,13 +140,13 @@ void live() {
     observe(launched);
     try {
       kernel_body(kernel_argument);
-      if (thread->copies.pending()) record(here() + "ended with copies (cp.async) that it did not wait for");
+      if (running().copies.pending()) record(here() + "ended with copies (cp.async) that it did not wait for");
     } catch (const Cancelled&) {
     } catch (const std::exception& failure) {
       record(failure.what());
     }
     publish(ended);
-    thread->done = true;
+    running().done = true;
     Fiber::pause();
   }
 }
@@ -152,9 +157,9 @@ void pause() {
 }
 
 void resume(Thread& next) {
-  thread = &next;
+  position = &next;
   next.fiber.resume();
-  thread = nullptr;
+  position = nullptr;
 }
 
 // ---------------------------------------------------------------- blocks
@@ -187,7 +192,7 @@ int start_threads() {
 }
 
 void run_block(size_t shared_bytes) {
-  for (Rendezvous& barrier : block.barrier) barrier = {0, block.threads};
+  for (Rendezvous& barrier : barriers) barrier = {0, block.threads};
   begin_shared(shared_bytes);
   begin_warps();
   begin_hopper();
@@ -239,8 +244,8 @@ unsigned draw(unsigned bound) {
 bool is_shuffled() { return order == Order::shuffled; }
 
 void sleep(const Rendezvous& at, const Call& call) {
-  thread->call = call;
-  thread->waits_at = &at;
+  running().call = call;
+  running().waits_at = &at;
   pause();
 }
 
@@ -263,8 +268,8 @@ bool arrive(Rendezvous& at, int expected, const Call& call) {
          name(call.kind), file_name(call.where), call.where.line, name(at.call.kind), file_name(at.call.where),
          at.call.where.line, static_cast<unsigned long long>(call.key), static_cast<unsigned long long>(at.call.key));
   }
-  thread->call = call;
-  thread->waits_at = &at;
+  running().call = call;
+  running().waits_at = &at;
   return ++at.arrived == expected;
 }
 
@@ -279,13 +284,21 @@ void leave(Rendezvous& at, bool was_last, bool orders_memory) {
   if (orders_memory) observe(clock);
 }
 
+void sync_block(const Where& where) { meet(barriers[0], block.threads, {Kind::syncthreads, 0, where}, true); }
+
 int count_votes(bool vote, const Where& where) {
-  Rendezvous& at = block.barrier[0];
-  int& votes = block.votes[at.generation & 1];  // nobody is left who might read those of two generations ago
+  Rendezvous& at = barriers[0];
+  int& votes = votes_at_barrier[at.generation & 1];  // nobody is left who might read those of two generations ago
   if (at.arrived == 0) votes = 0;
   votes += vote;
   meet(at, block.threads, {Kind::syncthreads, 1, where}, true);
   return votes;
+}
+
+void sync_named(int barrier, int threads, const Where& where) {
+  if (barrier < 0 || barrier >= kNamedBarriers) fail("there is no barrier %d", barrier);
+  if (threads % kLanes != 0 || threads < kLanes) fail("bar.sync for %d threads, which are no whole warps", threads);
+  meet(barriers[barrier], threads, {Kind::barrier, uint64_t(threads), where}, true);
 }
 
 void run_grid(dim3 grid, dim3 size, size_t shared_bytes, void (*body)(void*), void* argument) {

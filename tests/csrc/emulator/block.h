@@ -7,20 +7,19 @@
 //   EMU_ASYNC=lazy|eager                       when asynchronous work is done: at the wait, or where it is issued
 //
 // A kernel that is right gives the same bits under each.
+//
+// This is what kernels see. Their translation units may be instrumented by a sanitizer, so what works on the emulator's
+// own state stands in .cpp files, which are not.
 
 #include <cstdint>
 #include <stdexcept>
 
-#include "copies.h"
-#include "fiber.h"
-#include "sanitizers.h"
 #include "vector_types.h"
 
 namespace emu {
 
 constexpr int kMaxThreads = 1024;
 constexpr int kLanes = 32;
-constexpr int kNamedBarriers = 16;  // 0 is that of __syncthreads
 
 // What a kernel did wrong, as the exception that its launch throws.
 struct Error : std::runtime_error {
@@ -35,36 +34,12 @@ struct Where {
   static constexpr Where here(const char* file = __builtin_FILE(), int line = __builtin_LINE()) { return {file, line}; }
 };
 
-enum class Kind { none, syncthreads, barrier, syncwarp, shuffle, vote, ldmatrix, mma, mbarrier, wgmma };
+#define EMU_HERE ::emu::Where where = ::emu::Where::here()
 
-// What all who meet must agree on.
-struct Call {
-  Kind kind;
-  uint64_t key;  // the mask of a warp's collective, the count of a named barrier ...
-  Where where;
-};
-
-// A place where a group of threads wait for each other, again and again.
-struct Rendezvous {
-  int first = 0, count = 0;  // the threads that may come here
-  int arrived = 0;
-  unsigned generation = 0;
-  Call call{};  // of the first that arrived
-  // One clock for even and one for odd generations: a thread that leaves late must not learn what others did before
-  // they arrived for the next.
-  Clock clock[2]{};
-};
-
-struct Thread {
-  Thread();
-
-  Fiber fiber;
+// Who a thread is.
+struct Position {
   uint3 index{};
   int linear = 0, lane = 0, warp = 0;
-  bool done = true;
-  const Rendezvous* waits_at = nullptr;
-  Call call{};    // what it waits in
-  Copies copies;  // asynchronous ones on their way
 };
 
 // The block that runs now.
@@ -73,45 +48,20 @@ struct Block {
   dim3 size, grid;
   int threads = 0;
   bool lazy = true;  // EMU_ASYNC
-  Rendezvous barrier[kNamedBarriers];
-  int votes[2];  // in barrier 0, of even and odd generations
 };
 
 extern Block block;
-extern Thread* thread;  // the one that runs now
-
-Thread& thread_of_block(int linear);
+extern Position* position;  // of the thread that runs now
 
 // Ends the launch with an Error that names the thread.
 [[noreturn]] void fail(const char* format, ...) __attribute__((format(printf, 1, 2)));
 
-// Returns once `expected` threads have come. arrive() says whether this one was the last of them; what has to happen
-// once goes between the two.
-bool arrive(Rendezvous& at, int expected, const Call& call);
-void leave(Rendezvous& at, bool was_last, bool orders_memory);
-
-template <class F>
-void meet(Rendezvous& at, int expected, const Call& call, bool orders_memory, const F& once) {
-  if (orders_memory) publish(at.clock[at.generation & 1]);
-  const bool was_last = arrive(at, expected, call);
-  if (was_last) once();
-  leave(at, was_last, orders_memory);
-}
-
-inline void meet(Rendezvous& at, int expected, const Call& call, bool orders_memory) {
-  meet(at, expected, call, orders_memory, [] {});
-}
-
-// __syncthreads that also counts the threads whose vote is true.
+// __syncthreads, and the one that also counts the threads whose vote is true.
+void sync_block(const Where& where);
 int count_votes(bool vote, const Where& where);
 
-// For what waits otherwise: the running thread goes to sleep at a place, and all who sleep there are woken.
-void sleep(const Rendezvous& at, const Call& call);
-void wake(const Rendezvous& at);
-
-// A number below `bound`, from EMU_ORDER's seed.
-unsigned draw(unsigned bound);
-bool is_shuffled();
+// bar.sync: `threads` threads of the block meet at one of 16 barriers, of which 0 is that of sync_block.
+void sync_named(int barrier, int threads, const Where& where);
 
 void run_grid(dim3 grid, dim3 size, size_t shared_bytes, void (*body)(void*), void* argument);
 

@@ -12,6 +12,11 @@ struct Copy {
   int bytes, valid_bytes;  // what is beyond valid_bytes becomes 0
 };
 
+// Of the running thread.
+void issue_copy(const Copy& copy);
+void commit_copies();
+void wait_for_copies(int groups_left);  // until no more than that many groups are on their way
+
 class Copies {
  public:
   void clear();
@@ -19,12 +24,9 @@ class Copies {
 
   void issue(const Copy& copy);
   void commit();
-  void wait(int groups_left);  // until no more than that many groups are on their way
-  void wait_all();
+  void wait(int groups_left);
 
  private:
-  void land(std::size_t count);
-
   std::vector<Copy> copies_;
   std::vector<std::size_t> group_ends_;  // where each committed group ends in copies_
 };

@@ -20,18 +20,14 @@
 #define __launch_bounds__(...)
 #define __grid_constant__
 
-#define threadIdx (::emu::thread->index)
+#define threadIdx (::emu::position->index)
 #define blockIdx (::emu::block.index)
 #define blockDim (::emu::block.size)
 #define gridDim (::emu::block.grid)
 
 // ---------------------------------------------------------------- barriers and collectives
 
-#define EMU_HERE ::emu::Where where = ::emu::Where::here()
-
-inline void __syncthreads(EMU_HERE) {
-  emu::meet(emu::block.barrier[0], emu::block.threads, {emu::Kind::syncthreads, 0, where}, true);
-}
+inline void __syncthreads(EMU_HERE) { emu::sync_block(where); }
 inline int __syncthreads_count(int vote, EMU_HERE) { return emu::count_votes(vote != 0, where); }
 inline int __syncthreads_or(int vote, EMU_HERE) { return emu::count_votes(vote != 0, where) != 0; }
 inline int __syncthreads_and(int vote, EMU_HERE) { return emu::count_votes(vote == 0, where) == 0; }
@@ -41,22 +37,22 @@ inline void __syncwarp(uint32_t mask = ~0u, EMU_HERE) { emu::sync_warp(mask, whe
 // earlier segment).
 template <class T>
 T __shfl_sync(uint32_t mask, T v, int source, int width = 32, EMU_HERE) {
-  const int first = emu::thread->lane / width * width;
+  const int first = emu::position->lane / width * width;
   return emu::shuffle_value(mask, v, first + (source & (width - 1)), where);
 }
 template <class T>
 T __shfl_xor_sync(uint32_t mask, T v, int bits, int width = 32, EMU_HERE) {
-  const int lane = emu::thread->lane, wanted = lane ^ bits;
+  const int lane = emu::position->lane, wanted = lane ^ bits;
   return emu::shuffle_value(mask, v, wanted / width > lane / width ? lane : wanted, where);
 }
 template <class T>
 T __shfl_down_sync(uint32_t mask, T v, unsigned delta, int width = 32, EMU_HERE) {
-  const int lane = emu::thread->lane, wanted = lane + int(delta);
+  const int lane = emu::position->lane, wanted = lane + int(delta);
   return emu::shuffle_value(mask, v, wanted / width > lane / width ? lane : wanted, where);
 }
 template <class T>
 T __shfl_up_sync(uint32_t mask, T v, unsigned delta, int width = 32, EMU_HERE) {
-  const int lane = emu::thread->lane, wanted = lane - int(delta);
+  const int lane = emu::position->lane, wanted = lane - int(delta);
   return emu::shuffle_value(mask, v, wanted < lane / width * width ? lane : wanted, where);
 }
 inline unsigned __ballot_sync(uint32_t mask, int vote, EMU_HERE) { return emu::ballot(mask, vote != 0, where); }

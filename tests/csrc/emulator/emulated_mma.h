@@ -7,8 +7,6 @@
 #include "float_types.h"
 #include "matrix.h"
 
-#define EMU_HERE ::emu::Where where = ::emu::Where::here()
-
 namespace fused::cuda {
 
 inline void ldmatrix_x1(uint32_t (&r)[1], const void* row, EMU_HERE) { emu::ldmatrix(r, row, false, where); }

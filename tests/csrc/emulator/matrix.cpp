@@ -81,7 +81,7 @@ void ldmatrix(uint32_t (&out)[kCount], const void* row, bool transposed, const W
   if (reinterpret_cast<uintptr_t>(row) % 16 != 0) fail("ldmatrix from a row that does not begin at a multiple of 16");
   const Rows rows = exchange<Rows>(kWholeWarp, Kind::ldmatrix, row, where,
                                    [&](const Slots& slots) { deal_rows<kCount>(slots, transposed); });
-  const int lane = thread->lane;
+  const int lane = position->lane;
   for (int m = 0; m < kCount; ++m) {
     uint32_t pair = 0;
     for (int e = 0; e < 2; ++e) {

@@ -6,7 +6,7 @@
 #include <utility>
 #include <vector>
 
-#include "block.h"
+#include "thread.h"
 
 namespace emu {
 namespace {

@@ -30,10 +30,10 @@ void begin_warps() {
 }
 
 WarpGroup group_of(uint32_t mask) {
-  if (!(mask >> thread->lane & 1)) fail("lane %d is not in its own mask %08x", thread->lane, mask);
-  const int existing = block.threads - thread->warp * kLanes;
+  if (!(mask >> position->lane & 1)) fail("lane %d is not in its own mask %08x", position->lane, mask);
+  const int existing = block.threads - position->warp * kLanes;
   const uint32_t lanes = existing >= kLanes ? mask : mask & ((1u << existing) - 1);
-  Warp& warp = warps[size_t(thread->warp)];
+  Warp& warp = warps[size_t(position->warp)];
   return {warp.rendezvous[__builtin_ctz(lanes)], {warp.slots, lanes}};
 }
 

@@ -4,7 +4,7 @@
 
 #include <cstring>
 
-#include "block.h"
+#include "thread.h"
 
 namespace emu {
 
@@ -43,9 +43,9 @@ template <class Taken, class Given, class F>
 Taken exchange(uint32_t mask, Kind kind, const Given& given, const Where& where, const F& replace) {
   const WarpGroup group = group_of(mask);
   const Slots& slots = group.slots;
-  slots.put(thread->lane, given);
+  slots.put(position->lane, given);
   meet(group.rendezvous, __builtin_popcount(slots.lanes), {kind, mask, where}, false, [&] { replace(slots); });
-  return slots.get<Taken>(thread->lane);
+  return slots.get<Taken>(position->lane);
 }
 
 }  // namespace emu
