@@ -6,6 +6,12 @@ import torch
 from torch import Tensor
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+PLAIN_TYPES = (Tensor, torch.nn.Parameter)
+
+
+def has_numbers(x: Tensor) -> bool:
+    """Whether x holds numbers, which can be checked: false for meta tensors and what stands for a tensor in a trace."""
+    return type(x) in PLAIN_TYPES and not x.is_meta
 
 
 def require(condition: bool, message: str) -> None:

@@ -7,16 +7,12 @@ import math
 import torch
 from torch import Tensor
 
-from fused_transformer.kernels._checks import (
-    dense_last,
-    require,
-    require_dropout,
-    require_float,
-    require_same,
-)
-from fused_transformer.kernels._compile import graph_break
+from fused_transformer.kernels._checks import dense_last, require_dropout
+from fused_transformer.kernels._compile import routed
 from fused_transformer.kernels._dispatch import Op
 from fused_transformer.kernels._philox import new_seed
+from fused_transformer.kernels.attention import compiled
+from fused_transformer.kernels.attention.checks import check_statistics, check_tensors
 from fused_transformer.kernels.attention.mask import Causal, Mask, make_mask
 
 op = Op(__name__, order=("cuda", "triton", "cpu", "reference"))
@@ -138,7 +134,6 @@ def attention(
     )[0]
 
 
-@graph_break
 def attention_with_lse(
     q: Tensor,
     k: Tensor,
@@ -164,7 +159,10 @@ def attention_with_lse(
         lse: float32 (float64 for float64 inputs), q's shape without the last axis; not differentiable.
             `attention_weights` takes it.
     """
-    q, k, v = _check_tensors(q, k, v, packed=q_offsets is not None)
+    if routed(q):
+        masks = (keep, bias, causal, window, k_lengths, q_offsets, k_offsets)
+        return compiled.attention(q, k, v, *masks, scale, dropout_p, seed)
+    q, k, v = check_tensors(q, k, v, packed=q_offsets is not None)
     mask = make_mask(
         q,
         k,
@@ -183,7 +181,6 @@ def attention_with_lse(
     return _Attention.apply(q, k, v, mask.bias, mask, scale, float(dropout_p), seed)
 
 
-@graph_break
 def attention_weights(
     q: Tensor,
     k: Tensor,
@@ -214,7 +211,10 @@ def attention_weights(
     Raises:
         ValueError: shapes, dtypes or devices do not fit, or dropout_p > 0 without the seed of the forward call.
     """
-    q, k, _ = _check_tensors(q, k, k, packed=False)
+    if routed(q):
+        masks = (keep, bias, causal, window, k_lengths)
+        return compiled.attention_weights(q, k, lse, *masks, scale, dropout_p, seed)
+    q, k, _ = check_tensors(q, k, k, packed=False)
     mask = make_mask(
         q,
         k,
@@ -226,26 +226,7 @@ def attention_weights(
         q_offsets=None,
         k_offsets=None,
     )
-    require(tuple(lse.shape) == tuple(q.shape[:3]), f"lse must have shape {tuple(q.shape[:3])}, got {tuple(lse.shape)}")
     require_dropout(dropout_p, seed, q.device)
-    require(dropout_p == 0.0 or seed is not None, "attention_weights with dropout needs the seed of the forward call")
+    check_statistics(q, lse, dropout_p, seed)
     scale = 1.0 / math.sqrt(max(q.shape[-1], 1)) if scale is None else float(scale)
     return _Weights.apply(q, k, mask.bias, lse.contiguous(), mask, scale, float(dropout_p), seed)
-
-
-def _check_tensors(q: Tensor, k: Tensor, v: Tensor, *, packed: bool) -> tuple[Tensor, Tensor, Tensor]:
-    require_float(q=q, k=k, v=v)
-    require_same("dtype", q=q, k=k, v=v)
-    require_same("device", q=q, k=k, v=v)
-    axes = "(T, H, D), as q_offsets is given" if packed else "(B, H, L, D)"
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        require(x.dim() == (3 if packed else 4), f"{name} must have shape {axes}, got {tuple(x.shape)}")
-    require(k.shape == v.shape, f"k and v must have the same shape, got {tuple(k.shape)} and {tuple(v.shape)}")
-    require(q.shape[-1] == k.shape[-1], f"q and k must agree in head width, got {q.shape[-1]} and {k.shape[-1]}")
-    require(packed or q.shape[0] == k.shape[0], f"q and k must agree in batch, got {q.shape[0]} and {k.shape[0]}")
-    heads, k_heads = (q.shape[1], k.shape[1])
-    require(
-        k_heads > 0 and heads % k_heads == 0,
-        f"the heads of q must be a multiple of those of k and v, got {heads} and {k_heads}",
-    )
-    return dense_last(q), dense_last(k), dense_last(v)

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fused_transformer.kernels._checks import FLOATS, require
+from fused_transformer.kernels._checks import FLOATS, has_numbers, require
 
 Causal = Literal[False, "top_left", "bottom_right"]
 
@@ -49,7 +49,10 @@ def make_mask(
     q_offsets: Tensor | None,
     k_offsets: Tensor | None,
 ) -> Mask:
-    """Checks the mask arguments of `attention` against q and k; ValueError in the caller's words."""
+    """Checks the mask arguments of `attention` against q and k; ValueError in the caller's words.
+
+    Of tensors without numbers the shapes alone are checked, and the lengths of a packed batch are 0.
+    """
     require(causal in (False, "top_left", "bottom_right"), _CAUSAL_HELP.format(causal))
     left, right = (-1, -1) if window is None else window
     require(left >= -1 and right >= -1, f"window must be (left, right), each >= 0 or -1 for no limit, got {window}")
@@ -60,11 +63,12 @@ def make_mask(
     else:
         q_offsets = _offsets("q_offsets", q_offsets, q)
         k_offsets = q_offsets if k_offsets is None else _offsets("k_offsets", k_offsets, k)
-        require(int(k_offsets[-1]) <= k.shape[0], f"k_offsets ends at {int(k_offsets[-1])}, k has {k.shape[0]} tokens")
-        require(len(q_offsets) == len(k_offsets), "q_offsets and k_offsets must have the same length B + 1")
-        batch = len(q_offsets) - 1
-        q_length = int(q_offsets.diff().max()) if batch else 0
-        k_length = int(k_offsets.diff().max()) if batch else 0
+        last = int(k_offsets[-1]) if has_numbers(k_offsets) else 0
+        require(last <= k.shape[0], f"k_offsets ends at {last}, k has {k.shape[0]} tokens")
+        same = q_offsets.shape == k_offsets.shape
+        require(same, "q_offsets and k_offsets must have the same length B + 1")
+        batch = q_offsets.shape[0] - 1
+        q_length, k_length = _longest(q_offsets), _longest(k_offsets)
 
     if k_lengths is not None:
         require(
@@ -73,7 +77,8 @@ def make_mask(
         require(k_lengths.device == k.device, f"k_lengths must be on {k.device}, got {k_lengths.device}")
         require(not k_lengths.is_floating_point(), f"k_lengths must be integers, got {k_lengths.dtype}")
         k_lengths = k_lengths.to(torch.int64).contiguous()
-        if k_lengths.device.type == "cpu" and batch:  # on a GPU this test would wait for the device
+        # on a GPU this test would wait for the device
+        if k_lengths.device.type == "cpu" and batch and has_numbers(k_lengths):
             low, high = int(k_lengths.min()), int(k_lengths.max())
             require(low >= 0 and high <= k_length, f"k_lengths must be between 0 and {k_length}, got {low} ... {high}")
 
@@ -94,12 +99,18 @@ _CAUSAL_HELP = (
 
 
 def _offsets(name: str, offsets: Tensor, x: Tensor) -> Tensor:
-    require(offsets.dim() == 1 and len(offsets) >= 1, f"{name} must have shape (B + 1,), got {tuple(offsets.shape)}")
+    require(offsets.dim() == 1 and offsets.shape[0] > 0, f"{name} must have shape (B + 1,), got {tuple(offsets.shape)}")
     require(offsets.dtype in (torch.int32, torch.int64), f"{name} must be int32 or int64, got {offsets.dtype}")
     require(offsets.device == x.device, f"{name} must be on {x.device}, got {offsets.device}")
+    if not has_numbers(offsets):
+        return offsets
     require(int(offsets[0]) == 0 and bool((offsets.diff() >= 0).all()), f"{name} must start at 0 and never decrease")
     require(int(offsets[-1]) <= x.shape[0], f"{name} ends at {int(offsets[-1])}, beyond the {x.shape[0]} packed tokens")
     return offsets.to(torch.int64).contiguous()
+
+
+def _longest(offsets: Tensor) -> int:
+    return int(offsets.diff().max()) if has_numbers(offsets) and len(offsets) > 1 else 0
 
 
 def _broadcastable(name: str, x: Tensor, full: tuple[int, ...], packed: bool, device: torch.device) -> Tensor:
