@@ -84,7 +84,7 @@ def operator(
     def one_by_one(info, in_dims, *args):
         """vmap: a call for each example, since a kernel's tensors all have the batch axis or none has."""
         calls = [
-            call(*(x if axis is None else x.select(axis, i) for x, axis in zip(args, in_dims, strict=True)))
+            call(*(x.select(axis, i) if isinstance(axis, int) else x for x, axis in zip(args, in_dims, strict=True)))
             for i in range(info.batch_size)
         ]
         if isinstance(calls[0], Tensor):

@@ -2,28 +2,18 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from fused_transformer.kernels._checks import require_dropout, require_float, require_same
-from fused_transformer.kernels._compile import graph_break
+from fused_transformer.kernels._checks import require_dropout
+from fused_transformer.kernels._compile import routed
 from fused_transformer.kernels._dispatch import Op
 from fused_transformer.kernels._philox import new_seed
+from fused_transformer.kernels.layer_norm import compiled
+from fused_transformer.kernels.layer_norm.checks import Wanted, check_eps, check_tensors
 
 op = Op(__name__, order=("cuda", "triton", "cpu", "reference"))
-
-
-class Wanted(NamedTuple):
-    """Which gradients `backward` is asked for."""
-
-    dx: bool
-    dresidual: bool
-    dx_bias: bool
-    dweight: bool
-    dbias: bool
 
 
 class _LayerNorm(torch.autograd.Function):
@@ -60,7 +50,6 @@ class _LayerNorm(torch.autograd.Function):
         return dx, dresidual, *sums, None, None, None, None, None, None
 
 
-@graph_break
 def layer_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, *, eps: float = 1e-5) -> Tensor:
     """Normalise the last axis of x to mean 0 and variance 1, then scale and shift it.
 
@@ -89,7 +78,6 @@ def layer_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = No
     return _run(x, None, None, weight, bias, None, eps, 0.0, rms=False, wants_total=False)
 
 
-@graph_break
 def rms_norm(x: Tensor, weight: Tensor | None = None, *, eps: float = 1e-5) -> Tensor:
     """Scale the last axis of x to mean square 1.
 
@@ -102,7 +90,6 @@ def rms_norm(x: Tensor, weight: Tensor | None = None, *, eps: float = 1e-5) -> T
     return _run(x, None, None, weight, None, None, eps, 0.0, rms=True, wants_total=False)
 
 
-@graph_break
 def add_layer_norm(
     x: Tensor,
     residual: Tensor,
@@ -147,7 +134,6 @@ def add_layer_norm(
     return _run(x, residual, x_bias, weight, bias, seed, eps, dropout_p, rms=False, wants_total=False)
 
 
-@graph_break
 def add_layer_norm_with_total(
     x: Tensor,
     residual: Tensor,
@@ -168,7 +154,6 @@ def add_layer_norm_with_total(
     return _run(x, residual, x_bias, weight, bias, seed, eps, dropout_p, rms=False, wants_total=True)
 
 
-@graph_break
 def add_rms_norm(
     x: Tensor,
     residual: Tensor,
@@ -183,7 +168,6 @@ def add_rms_norm(
     return _run(x, residual, x_bias, weight, None, seed, eps, dropout_p, rms=True, wants_total=False)
 
 
-@graph_break
 def add_rms_norm_with_total(
     x: Tensor,
     residual: Tensor,
@@ -199,9 +183,10 @@ def add_rms_norm_with_total(
 
 
 def _run(x, residual, x_bias, weight, bias, seed, eps, dropout_p, *, rms: bool, wants_total: bool):
-    x, residual = _checked(x, residual, x_bias, weight, bias)
-    if not eps >= 0.0:
-        raise ValueError(f"eps must be at least 0, got {eps}")
+    if routed(x):
+        return compiled.layer_norm(x, residual, x_bias, weight, bias, seed, eps, dropout_p, rms, wants_total)
+    x, residual = check_tensors(x, residual, x_bias, weight, bias)
+    check_eps(eps)
     require_dropout(dropout_p, seed, x.device)
     if dropout_p == 0.0:
         seed = None
@@ -214,28 +199,3 @@ def _run(x, residual, x_bias, weight, bias, seed, eps, dropout_p, *, rms: bool, 
         return _LayerNorm.apply(*arguments)
     y, total, _, _ = op.pick(*arguments).forward(*arguments)  # half the host time of apply()
     return (y, total) if wants_total else y
-
-
-def _checked(x, residual, x_bias, weight, bias) -> tuple[Tensor, Tensor | None]:
-    """x and residual in one dtype, if all five go together. Messages are made only where they are raised."""
-    require_float(x=x, residual=residual, weight=weight, bias=bias, x_bias=x_bias)
-    shape, device = x.shape, x.device
-    if not shape or shape[-1] < 1:
-        raise ValueError(f"x must have shape (..., N) with N >= 1, got {tuple(shape)}")
-    if residual is not None:
-        if residual.shape != shape:
-            raise ValueError(f"residual must have x's shape {tuple(shape)}, got {tuple(residual.shape)}")
-        if residual.dtype != x.dtype:
-            wider = torch.promote_types(x.dtype, residual.dtype)
-            x, residual = x.to(wider), residual.to(wider)
-    for name, p in (("weight", weight), ("bias", bias), ("x_bias", x_bias)):
-        if p is None:
-            continue
-        if p.shape != shape[-1:]:
-            raise ValueError(f"{name} must have shape {tuple(shape[-1:])}, got {tuple(p.shape)}")
-        if p.dtype not in (x.dtype, torch.float32):
-            have, want = (str(t.dtype).removeprefix("torch.") for t in (p, x))
-            raise ValueError(f"{name} must be float32 or, as x is, {want}; got {have}")
-    if any(t is not None and t.device != device for t in (residual, weight, bias, x_bias)):
-        require_same("device", x=x, residual=residual, weight=weight, bias=bias, x_bias=x_bias)
-    return x, residual
