@@ -44,6 +44,7 @@ MODES = {
     "plain": Mode(),
     "asan": Mode(("-fsanitize=address", *UNDEFINED), ("-DEMU_ASAN",)),
     "tsan": Mode(("-fsanitize=thread",), ("-DEMU_TSAN",)),
+    "ucontext": Mode((), ("-DEMU_UCONTEXT",)),  # the way of processors that fiber.cpp has no assembly for
 }
 
 
@@ -111,7 +112,7 @@ def build_op(op: str, mode: str = "plain", csrc: Path = CSRC, folder: Path | Non
     """The extension module `_emulated` of `op`; RuntimeError with the compiler's words if it does not compile.
 
     Args:
-        mode: "plain", "asan" or "tsan".
+        mode: one of MODES.
         csrc: where the .cu and bind.cpp are taken from: a copy of csrc/ with a bug planted, say. The CPU half is
             always this checkout's.
         folder: where to keep what is made. Default: build/emulated/<mode>.
@@ -151,7 +152,7 @@ def _binding(op: str, csrc: Path) -> Iterator[Object]:
 
 
 def _cpu_half(op: str) -> list[Path]:
-    """The CPU kernels of the op, which bind.cpp names: what installing the package left in build/objects, or made anew."""
+    """The op's CPU kernels, which bind.cpp names: what installing the package left in build/objects, or made anew."""
     import setuptools
 
     build = native().BuildNative(setuptools.Distribution())

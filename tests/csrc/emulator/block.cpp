@@ -139,7 +139,7 @@ void live() {
   for (;;) {
     observe(launched);
     try {
-      kernel_body(kernel_argument);
+      if (!cancelling) kernel_body(kernel_argument);
       if (running().copies.pending()) record(here() + "ended with copies (cp.async) that it did not wait for");
     } catch (const Cancelled&) {
     } catch (const std::exception& failure) {
