@@ -7,10 +7,12 @@ import math
 import torch
 from torch import Tensor
 
-from fused_transformer.kernels._checks import dense_last, require, require_dropout, require_float
-from fused_transformer.kernels._compile import graph_break
+from fused_transformer.kernels._checks import dense_last, require_dropout
+from fused_transformer.kernels._compile import routed
 from fused_transformer.kernels._dispatch import Op
 from fused_transformer.kernels._philox import new_seed
+from fused_transformer.kernels.embedding import compiled
+from fused_transformer.kernels.embedding.checks import check_tensors
 from fused_transformer.kernels.embedding.positions import Layout, Positions, make_positions, sinusoidal_positions
 
 __all__ = ["embedding", "op", "sinusoidal_positions"]
@@ -37,7 +39,6 @@ class _Embedding(torch.autograd.Function):
         return dtable, None, None, None, None, None, None
 
 
-@graph_break
 def embedding(
     tokens: Tensor,
     table: Tensor,
@@ -81,25 +82,14 @@ def embedding(
         the tokens: the same bits on every run and with any number of threads.
     Source: Vaswani et al. 2017, sections 3.4 and 3.5.
     """
-    if not isinstance(tokens, Tensor):
-        raise TypeError(f"tokens must be a torch.Tensor, got {type(tokens).__name__}")
-    if tokens.dtype not in (torch.int32, torch.int64):
-        raise ValueError(f"tokens must be int32 or int64, got {tokens.dtype}")
-    require_float(table=table)
-    if table.dim() != 2:
-        raise ValueError(f"table must have shape (V, E), got {tuple(table.shape)}")
-    if tokens.device != table.device:
-        raise ValueError(f"tokens must be on {table.device}, as table is, got {tokens.device}")
-    vocabulary, width = table.shape
-    if padding_idx is not None:
-        fits = -vocabulary <= padding_idx < vocabulary
-        require(fits, f"padding_idx must be within the vocabulary of {vocabulary}, got {padding_idx}")
-        padding_idx %= vocabulary
+    if routed(table):
+        return compiled.embedding(tokens, table, positions, scale, start, position_ids, padding_idx, dropout_p, seed)
+    padding_idx = check_tensors(tokens, table, padding_idx)
     chosen = make_positions(tokens, positions, start, position_ids)
     require_dropout(dropout_p, seed, table.device)
     if dropout_p > 0.0 and seed is None:
         seed = new_seed(table.device)
-    scale = math.sqrt(width) if scale is None else float(scale)
+    scale = math.sqrt(table.shape[1]) if scale is None else float(scale)
     rest = (chosen, scale, padding_idx, float(dropout_p), seed)
     table, tokens = dense_last(table), tokens.contiguous()
     if table.requires_grad and torch.is_grad_enabled():

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from fused_transformer.kernels._checks import FLOATS, require
+from fused_transformer.kernels._checks import FLOATS, has_numbers, require
 
 Layout = Literal["interleaved", "concat_t2t", "concat_paper"]
 LAYOUTS = ("interleaved", "concat_t2t", "concat_paper")
@@ -110,7 +110,7 @@ def make_positions(
             wanted = tuple(tokens.shape[:-1])
             raise ValueError(f"start must be a number or have shape {wanted}, got {tuple(starts.shape)}")
         return Positions(layout, 0, starts, None, _end("start", starts, length))
-    if isinstance(start, bool) or not isinstance(start, int):
+    if isinstance(start, bool) or not isinstance(start, (int, torch.SymInt)):
         raise TypeError(f"start must be an int or an integer tensor, got {type(start).__name__}")
     if start < 0:
         raise ValueError(f"start must not be negative, got {start}")
@@ -129,7 +129,7 @@ def _integers(name: str, x: Tensor, tokens: Tensor) -> Tensor:
 
 def _end(name: str, first: Tensor, length: int) -> int | None:
     """One more than the last position; None on a device that would have to be waited for."""
-    if first.device.type != "cpu":
+    if first.device.type != "cpu" or not has_numbers(first):
         return None
     if first.numel() == 0:
         return length
