@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from fused_transformer.kernels._autocast import lowered
 from fused_transformer.kernels._checks import dense_last, require_dropout
 from fused_transformer.kernels._compile import routed
 from fused_transformer.kernels._dispatch import Op
@@ -162,6 +163,8 @@ def attention_with_lse(
     if routed(q):
         masks = (keep, bias, causal, window, k_lengths, q_offsets, k_offsets)
         return compiled.attention(q, k, v, *masks, scale, dropout_p, seed)
+    if torch._C._is_any_autocast_enabled():
+        q, k, v = lowered(q, k, v)
     q, k, v = check_tensors(q, k, v, packed=q_offsets is not None)
     mask = make_mask(
         q,
@@ -214,6 +217,8 @@ def attention_weights(
     if routed(q):
         masks = (keep, bias, causal, window, k_lengths)
         return compiled.attention_weights(q, k, lse, *masks, scale, dropout_p, seed)
+    if torch._C._is_any_autocast_enabled():
+        q, k = lowered(q, k)
     q, k, _ = check_tensors(q, k, k, packed=False)
     mask = make_mask(
         q,

@@ -11,6 +11,7 @@ import math
 import torch
 from torch import Tensor
 
+from fused_transformer.kernels._autocast import lowered
 from fused_transformer.kernels._checks import dense_last, require_dropout
 from fused_transformer.kernels._compile import absent, laid_out_like, operator
 from fused_transformer.kernels._dispatch import OPS
@@ -27,6 +28,7 @@ _OPTIONS = (
 
 def attention(q, k, v, keep, bias, causal, window, k_lengths, q_offsets, k_offsets, scale, dropout_p, seed):
     """`attention_with_lse` as one node."""
+    q, k, v = lowered(q, k, v)
     masks = _masks(keep, bias, causal, window, k_lengths, q_offsets, k_offsets)
     if dropout_p > 0.0 and seed is None:
         seed = new_seed(q.device)
@@ -35,6 +37,7 @@ def attention(q, k, v, keep, bias, causal, window, k_lengths, q_offsets, k_offse
 
 def attention_weights(q, k, lse, keep, bias, causal, window, k_lengths, scale, dropout_p, seed):
     """`attention_weights` as one node."""
+    q, k = lowered(q, k)
     masks = _masks(keep, bias, causal, window, k_lengths, None, None)
     return _attention_weights(q, k, lse, *masks, scale, dropout_p, seed)
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
+from fused_transformer.kernels._autocast import in_dtype_of
 from fused_transformer.kernels._compile import routed
 from fused_transformer.kernels._dispatch import Op
 from fused_transformer.kernels.decode_attention import compiled
@@ -98,5 +100,7 @@ def _decode(q, k_cache, v_cache, lengths, rows, causal, scale, *, wants_lse: boo
     if routed(q):
         return compiled.decode_attention(q, k_cache, v_cache, lengths, rows, causal, scale, wants_lse)
     check_no_gradient(q, k_cache, v_cache)
+    if torch._C._is_any_autocast_enabled():
+        q = in_dtype_of(q, k_cache)
     arguments = (*checked(q, k_cache, v_cache, lengths, rows, causal, scale), wants_lse)
     return op.pick(*arguments).forward(*arguments)

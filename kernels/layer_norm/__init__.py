@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from fused_transformer.kernels._autocast import widened
 from fused_transformer.kernels._checks import require_dropout
 from fused_transformer.kernels._compile import routed
 from fused_transformer.kernels._dispatch import Op
@@ -185,6 +186,8 @@ def add_rms_norm_with_total(
 def _run(x, residual, x_bias, weight, bias, seed, eps, dropout_p, *, rms: bool, wants_total: bool):
     if routed(x):
         return compiled.layer_norm(x, residual, x_bias, weight, bias, seed, eps, dropout_p, rms, wants_total)
+    if torch._C._is_any_autocast_enabled():
+        x, residual, x_bias, weight, bias = widened(x, residual, x_bias, weight, bias)
     x, residual = check_tensors(x, residual, x_bias, weight, bias)
     check_eps(eps)
     require_dropout(dropout_p, seed, x.device)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fused_transformer.kernels._autocast import widened
 from fused_transformer.kernels._checks import require_dropout
 from fused_transformer.kernels._compile import absent, operator
 from fused_transformer.kernels._dispatch import OPS
@@ -14,6 +15,7 @@ from fused_transformer.kernels.layer_norm.checks import Wanted, check_eps, check
 
 def layer_norm(x, residual, x_bias, weight, bias, seed, eps, dropout_p, rms, wants_total):
     """`_run` as one node."""
+    x, residual, x_bias, weight, bias = widened(x, residual, x_bias, weight, bias)
     if residual is not None and residual.dtype != x.dtype:
         wider = torch.promote_types(x.dtype, residual.dtype)
         x, residual = x.to(wider), residual.to(wider)
