@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from tests.oracle import assert_equal
 from tests.transformer.models import LENGTHS, SOURCE, VARIANTS, VOCAB, tiny
 
 
@@ -37,6 +38,21 @@ def test_reordered_and_selected_rows_go_on_from_their_own_history():
         hidden = model.step(tokens[:, i], state)
     expected = model.decode(tokens, memory[kept].repeat_interleave(beams, 0), LENGTHS[kept].repeat_interleave(beams, 0))
     torch.testing.assert_close(hidden, expected[:, -1], atol=1e-5, rtol=1e-5)
+
+
+def test_what_is_computed_stays_where_it_is():
+    """Reordering and leaving sequences out moves neither the cache nor the memory."""
+    model = tiny().eval()
+    state = model.start(model.encode(SOURCE), LENGTHS, beam_size=2)
+    model.step(torch.randint(3, VOCAB, (6,)), state)
+    cache, memory = state.cache.clone(), [x.clone() for layer in state.memory for x in layer]
+    places = state.cache.data_ptr(), [x.data_ptr() for layer in state.memory for x in layer]
+    state.reorder(torch.tensor([1, 1, 3, 2, 5, 4]))
+    state.select(torch.tensor([2, 0]))
+    assert (state.rows, state.sources.tolist(), state.memory_lengths.tolist()) == (4, [2, 0], [5, 6])
+    assert state.ancestors[:, 0].tolist() == [5, 4, 1, 1]
+    assert places == (state.cache.data_ptr(), [x.data_ptr() for layer in state.memory for x in layer])
+    assert_equal([cache, *memory], [state.cache, *(x for layer in state.memory for x in layer)])
 
 
 def test_wrong_uses_of_the_state_are_errors():
