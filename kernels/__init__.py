@@ -11,6 +11,8 @@ Masks have one meaning on this floor: `keep`, True = attend.
 from fused_transformer.kernels._dispatch import BACKENDS, OPS, use_backend
 from fused_transformer.kernels._philox import new_seed
 from fused_transformer.kernels.attention import attention, attention_weights, attention_with_lse
+from fused_transformer.kernels.bias_act import bias_act
+from fused_transformer.kernels.cross_entropy import cross_entropy
 from fused_transformer.kernels.decode_attention import decode_attention, decode_attention_with_lse
 from fused_transformer.kernels.embedding import embedding, sinusoidal_positions
 from fused_transformer.kernels.layer_norm import (
@@ -32,6 +34,8 @@ __all__ = [
     "attention",
     "attention_weights",
     "attention_with_lse",
+    "bias_act",
+    "cross_entropy",
     "decode_attention",
     "decode_attention_with_lse",
     "embedding",

@@ -79,6 +79,18 @@ class Op:
         module = self.module(backend)
         return module if isinstance(module, str) else module.refuses(*args)
 
+    def serves(self, *args) -> bool:
+        """Whether a kernel takes these arguments here, and not just the reference; the forced backend, if there is one.
+
+        Where none does, a module that has torch's own functions for the same work may call those.
+        """
+        forced = forced_backend()
+        return any(
+            self.why_not(backend, *args) is None
+            for backend in ((forced,) if forced else self.order)
+            if forced or backend != "reference"
+        )
+
     def pick(self, *args) -> ModuleType:
         """The first backend that takes `args`; the forced one, if there is one, or an error."""
         forced = forced_backend()

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-CONVENTIONS = ("torch", "tensor2tensor")
+from fused_transformer.kernels.cross_entropy import cross_entropy, has_kernel
+
+CONVENTIONS = {"torch": "uniform", "tensor2tensor": "others"}  # and their names on the kernels' floor
 
 
 def smoothed_cross_entropy(
@@ -34,7 +37,7 @@ def smoothed_cross_entropy(
         padding_idx: targets that don't count; without any that count the loss is 0.
 
     Returns:
-        () float, with a gradient for logits.
+        () float32 (float64 for float64), with a gradient for logits.
 
     Raises:
         ValueError: the shapes do not fit, or an option is out of its range.
@@ -49,17 +52,32 @@ def smoothed_cross_entropy(
         raise ValueError(f"label_smoothing must be at least 0 and below 1, got {label_smoothing}")
     if convention not in CONVENTIONS:
         raise ValueError(f"convention must be one of {', '.join(map(repr, CONVENTIONS))}, got {convention!r}")
+    if has_kernel(logits):
+        total = cross_entropy(
+            logits,
+            targets,
+            label_smoothing=label_smoothing,
+            smoothing=CONVENTIONS[convention],
+            ignore_index=padding_idx,
+            reduction="sum",
+        )
+    else:
+        total = _torchs(logits, targets, label_smoothing, convention, padding_idx)
+    return total / (targets != padding_idx).sum().clamp(min=1)
+
+
+def _torchs(logits: Tensor, targets: Tensor, label_smoothing: float, convention: str, padding_idx: int) -> Tensor:
+    """The sum of the losses by torch's own function: on a CPU the op has no kernel, and torch.compile fuses this."""
     vocabulary = logits.shape[-1]
     if convention == "tensor2tensor" and vocabulary > 1:
         # ε' of torch's convention with ε'/V = ε/(V - 1): then 1 - ε' + ε'/V = 1 - ε, the same distribution.
         label_smoothing *= vocabulary / (vocabulary - 1)
         if label_smoothing > 1.0:
             raise ValueError(f"label_smoothing leaves the target less than its share of {vocabulary} tokens")
-    total = F.cross_entropy(
-        logits.reshape(-1, vocabulary),
+    return F.cross_entropy(
+        logits.reshape(-1, vocabulary).to(torch.promote_types(logits.dtype, torch.float32)),
         targets.reshape(-1),
         ignore_index=padding_idx,
         reduction="sum",
         label_smoothing=label_smoothing,
     )
-    return total / (targets != padding_idx).sum().clamp(min=1)

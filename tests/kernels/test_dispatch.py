@@ -52,6 +52,14 @@ def test_the_order_is_the_ops_own(make_op):
     assert chosen(op) == "triton"
 
 
+def test_serves_tells_a_kernel_from_the_reference(make_op):
+    op = make_op(("cuda", "cpu", "reference"), cpu=REFUSES_NEGATIVE, reference=TAKES_ALL)
+    assert op.serves(1) and not op.serves(-1)
+    for backend, expected in (("cpu", True), ("cuda", False), ("reference", True), ("triton", False)):
+        with use_backend(backend):
+            assert op.serves(1) == expected
+
+
 def test_each_call_is_judged_by_its_own_arguments(make_op):
     op = make_op(cpu=REFUSES_NEGATIVE, reference=TAKES_ALL)
     assert [chosen(op, x) for x in (1, -1, 1)] == ["cpu", "reference", "cpu"]

@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from fused_transformer.kernels import BACKENDS, use_backend
 from fused_transformer.loss import smoothed_cross_entropy
+from tests.oracle import assert_matches, in_float64, run_with_gradients
 
 V = 11
 
@@ -43,6 +45,21 @@ def test_loss_and_gradient_follow_the_definition(convention, epsilon, padding_id
     (expected_gradient,) = torch.autograd.grad(expected, logits)
     torch.testing.assert_close(gradient, expected_gradient)
     assert not gradient[targets == padding_idx].any()
+
+
+@pytest.mark.parametrize("convention", ["torch", "tensor2tensor"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_loss_is_the_same_on_every_backend(backend, dtype, convention):
+    """Also on those that have no kernel for it here, where torch's own function stands in."""
+    tensors = {"logits": torch.randn(5, 7, 300).to(dtype), "targets": torch.randint(0, 300, (5, 7))}
+    tensors["targets"][:, 5:] = 0
+    naive = run_with_gradients(smoothed_cross_entropy, tensors, convention=convention)
+    exact = run_with_gradients(smoothed_cross_entropy, in_float64(tensors), rounded_to=dtype, convention=convention)
+    with use_backend(backend):
+        got = run_with_gradients(smoothed_cross_entropy, tensors, convention=convention)
+    assert got["out"].dtype == torch.float32
+    assert_matches(got, exact, naive)
 
 
 def test_the_conventions_differ():
