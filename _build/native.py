@@ -5,7 +5,7 @@ Which files, and how often each:
     *.simd.cpp    once per instruction set, with FT_ISA its name (csrc/common/isa.h chooses at run time)
     bind*.cpp     once; these alone see the headers of Python, pybind11 and CUDA, and FUSED_WITH_CUDA where it is built
     *.cpp         once
-    *.cu          by nvcc, for every architecture asked for
+    *.cu          by nvcc, for every architecture asked for; beside the object a .log of what ptxas said of each kernel
     *_sm90.cu     by nvcc, for sm_90a alone (wgmma and TMA exist nowhere else); FT_WITH_SM90 says they are there
 
 Objects are kept in build/objects under a hash of all that went into them, so an install after an edit compiles
@@ -62,6 +62,7 @@ class Job:
     label: str  # the instruction set, or ""
     command: list[str]
     identity: list[str]
+    keeps_log: bool = False  # what the compiler says goes into `log`
     target: Path = field(init=False)  # the object, once it is there
 
     def __post_init__(self) -> None:
@@ -69,13 +70,27 @@ class Job:
         digest = hashlib.sha256("\0".join([*self.identity, *texts(self.source)]).encode()).hexdigest()[:16]
         self.target = settings.objects_folder() / f"{stem}.{digest}.o"
 
+    @property
+    def log(self) -> Path:
+        return self.target.with_suffix(".log")
+
     def run(self) -> None:
-        if self.target.exists():
+        if self.target.exists() and (self.log.exists() or not self.keeps_log):
             self.target.touch()  # so that it counts as used
             return
         print(f"compiling {self.source.relative_to(ROOT)}", f"for {self.label}" if self.label else "", flush=True)
         part = self.target.with_suffix(f".{os.getpid()}.part.o")
-        if subprocess.run([*self.command, "-c", str(self.source), "-o", str(part)], check=False).returncode:
+        command = [*self.command, "-c", str(self.source), "-o", str(part)]
+        if self.keeps_log:
+            done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+            # ptxas's own report is for whoever asks; an error or a warning is for everyone
+            told = [line for line in done.stdout.splitlines() if not re.match(r"ptxas info|    \d+ bytes stack", line)]
+            print("\n".join(told), end="\n" if told else "", flush=True)
+            if done.returncode == 0:
+                self.log.write_text(done.stdout)
+        else:
+            done = subprocess.run(command, check=False)
+        if done.returncode:
             part.unlink(missing_ok=True)
             raise CompileError(f"{self.source.relative_to(ROOT)} did not compile")
         part.replace(self.target)  # whole or not at all
@@ -175,16 +190,16 @@ class BuildNative(build_ext):
         if self.toolkit is None:
             return
         user = shlex.split(os.environ.get("NVCCFLAGS", ""))
-        host = ",".join(flag for flag in HOST_FLAGS if flag.startswith("-f"))
+        host = ",".join(flag for flag in HOST_FLAGS if flag.startswith(("-f", "-W")))
         flags = ["-std=c++17", "-O3", "--threads=1", f"-ccbin={self.compiler_command[0]}", f"-Xcompiler={host}", *user]
-        flags += ["-DFUSED_WITH_CUDA"]
+        flags += ["-DFUSED_WITH_CUDA", "-Xptxas=-v"]
         for source in sorted(CSRC.rglob("*.cu")):
             archs = [a for a in self.archs if a == "sm_90a"] if source.stem.endswith("_sm90") else self.archs
             if archs:
                 arch_flags = [f"-gencode=arch=compute_{a.partition('_')[2]},code={a}" for a in archs]
                 identity = [self.toolkit.version, self.compiler_version, *flags, *arch_flags]
                 command = [str(self.toolkit.nvcc), *flags, *arch_flags, f"-I{CSRC}"]
-                yield Job(source, "", command, identity)
+                yield Job(source, "", command, identity, keeps_log=True)
 
     def _link(self, jobs: list[Job], output: Path) -> None:
         # Baseline objects first: of an inline function that several objects carry the linker keeps the first, and
@@ -228,6 +243,7 @@ class BuildNative(build_ext):
             kept = sorted(objects, key=lambda path: path.stat().st_mtime, reverse=True)
             for old in kept[KEPT_PER_SOURCE:]:
                 old.unlink(missing_ok=True)
+                old.with_suffix(".log").unlink(missing_ok=True)
 
     def _machine(self) -> str:
         # The compiler's target, not this machine: CXX may be a cross compiler.

@@ -8,7 +8,8 @@ tests/inputs.py runs kernels/<op>/cuda.py on CPU tensors, and the op tests' back
 Outside of running_on the backend refuses CPU tensors as it always does.
 
 The environment says how: FUSED_TRANSFORMER_EMULATED=plain|asan|tsan (the last two need the sanitizer's library in
-LD_PRELOAD: see _build/sanitize_cuda.sh), and EMU_ORDER and EMU_ASYNC as tests/csrc/emulator/block.h has them.
+LD_PRELOAD: see tests/csrc/sanitized.py), EMU_ORDER and EMU_ASYNC as tests/csrc/emulator/block.h has them, and
+FUSED_TRANSFORMER_EMULATED_CSRC=FOLDER, where the .cu files are taken from.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from contextvars import ContextVar
 from functools import cache
 from importlib.machinery import ExtensionFileLoader
 from importlib.util import module_from_spec, spec_from_loader
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -32,11 +34,16 @@ from tests.csrc import building
 MOST_ELEMENTS = 1 << 17
 
 
+def mode() -> str:
+    """What FUSED_TRANSFORMER_EMULATED says: plain, asan or tsan."""
+    return os.environ.get("FUSED_TRANSFORMER_EMULATED", "") or "plain"
+
+
 @cache
 def load(op: str) -> ModuleType:
     """The emulated module of `op`, built if need be."""
-    mode = os.environ.get("FUSED_TRANSFORMER_EMULATED", "") or "plain"
-    loader = ExtensionFileLoader("_emulated", str(building.build_op(op, mode)))
+    csrc = Path(os.environ.get("FUSED_TRANSFORMER_EMULATED_CSRC", "") or building.CSRC)
+    loader = ExtensionFileLoader("_emulated", str(building.build_op(op, mode(), csrc)))
     spec = spec_from_loader("_emulated", loader)
     assert spec is not None
     module = module_from_spec(spec)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import os
 import re
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests import emulated
 from tests.csrc import building
 from tests.csrc.test_common import HALVES, all_16_bit, assert_same_numbers, awkward_floats
 
@@ -35,11 +35,10 @@ WRONG = {
 }
 
 
-SANITIZED = os.environ.get("FUSED_TRANSFORMER_EMULATED", "") or "plain"
-racy = pytest.mark.skipif(SANITIZED == "tsan", reason="the race that this test plants would end the process")
+racy = pytest.mark.skipif(emulated.mode() == "tsan", reason="the race that this test plants would end the process")
 
 
-@pytest.fixture(scope="module", params=["plain", "ucontext"] if SANITIZED == "plain" else [SANITIZED])
+@pytest.fixture(scope="module", params=["plain", "ucontext"] if emulated.mode() == "plain" else [emulated.mode()])
 def probe(request):
     library = ctypes.CDLL(str(building.build_library([SOURCE], request.param)))
     for name in ("reverse", "product_f16", "product_bf16", "product_tf32", "warp", "pipeline", "count", "wrong"):

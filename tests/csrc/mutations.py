@@ -1,0 +1,127 @@
+"""Plants each bug of planted_bugs.py in a copy of csrc/, and asks the emulator's tests to notice it.
+
+    python -m tests.csrc.mutations                             every bug in every mode; writes emulator/mutations.md
+    python -m tests.csrc.mutations --op layer_norm barrier     those whose name has the word, and writes nothing
+
+A bug is noticed where tests/csrc/test_schedules.py fails: in the plain build (every schedule), under ASan and UBSan, or
+under TSan. The status is 1 if one is noticed nowhere. It takes about a minute a bug on two cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from tests.csrc import building
+from tests.csrc.planted_bugs import BUGS, Bug
+from tests.csrc.sanitized import command_and_environment
+
+TABLE = building.EMULATOR / "mutations.md"
+COPY = building.ROOT / "build" / "mutations" / "csrc"
+MODES = ("plain", "asan", "tsan")
+MISSED = "-"
+LONGEST = 600  # seconds; a kernel that hangs is noticed too
+HEADER = """\
+# Bugs planted in the CUDA kernels, and which build of the emulator's tests notices each
+
+Written by `python -m tests.csrc.mutations`; the bugs are those of tests/csrc/planted_bugs.py, the tests
+tests/csrc/test_schedules.py. *wrong*: the result fails the oracle, or differs between schedules. *emulator*: the
+emulator refuses it (a deadlock, a divergent collective, an address that is not aligned). *asan*, *undefined*, *race*:
+the sanitizer's report. *crash*, *hang*: the process ends, or does not. -: not noticed by that build.
+"""
+
+# What the output of a failed run has in it, in the order in which it is asked.
+VERDICTS = {
+    "race": r"ThreadSanitizer: data race",
+    "asan": r"ERROR: AddressSanitizer",
+    "undefined": r"runtime error: ",
+    "emulator": r"RuntimeError: block \(\d+, \d+, \d+\)",
+    "wrong": r"AssertionError|Error: .*(Tensor-likes are not|not finite)",
+}
+
+
+def plant(bug: Bug) -> None:
+    """COPY becomes csrc/ with the bug in it."""
+    shutil.rmtree(COPY, ignore_errors=True)
+    shutil.copytree(building.CSRC, COPY)
+    path = COPY / bug.file
+    text = path.read_text()
+    if text.count(bug.right) != 1:
+        raise SystemExit(f"{bug.name}: its text occurs {text.count(bug.right)} times in csrc/{bug.file}, and not once")
+    path.write_text(text.replace(bug.right, bug.wrong))
+
+
+def verdict(bug: Bug, mode: str) -> str:
+    """How the tests of bug.op notice what stands in COPY; MISSED if they don't."""
+    arguments = ["-x", "tests/csrc/test_schedules.py", "-k", f"{bug.op}-"]
+    command, environment = command_and_environment(mode, arguments)
+    environment = {**environment, "FUSED_TRANSFORMER_EMULATED_CSRC": str(COPY)}
+    try:
+        done = subprocess.run(
+            command,
+            env=environment,
+            cwd=building.ROOT,
+            timeout=LONGEST,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        return "hang"
+    if "does not compile for the emulator" in done.stdout or "no tests ran" in done.stdout:
+        raise SystemExit(f"{bug.name}, {mode}:\n{done.stdout[-4000:]}")
+    if done.returncode == 0:
+        return MISSED
+    for word, pattern in VERDICTS.items():
+        if re.search(pattern, done.stdout):
+            return word
+    if done.returncode < 0 or "Fatal Python error" in done.stdout:
+        return "crash"
+    raise SystemExit(f"{bug.name}, {mode}: the tests fail, and not for the bug\n{done.stdout[-4000:]}")
+
+
+def table(rows: Sequence[tuple[Bug, Sequence[str]]]) -> str:
+    lines = ["| op | bug | plain | ASan | TSan |", "| --- | --- | --- | --- | --- |"]
+    lines += [f"| {bug.op} | {bug.name} | {' | '.join(words)} |" for bug, words in rows]
+    return f"{HEADER}\n" + "\n".join(lines) + "\n"
+
+
+def read_table(path: Path = TABLE) -> dict[tuple[str, str], list[str]]:
+    """(op, bug) -> the words of plain, ASan, TSan."""
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in path.read_text().splitlines()]
+    return {(row[0], row[1]): row[2:] for row in cells if len(row) == 5 and row[0] not in ("op", "---")}
+
+
+def main(arguments: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--op", help="this op's bugs alone")
+    parser.add_argument("words", nargs="*", help="only bugs whose name has one of these in it")
+    asked = parser.parse_args(arguments)
+    chosen = [
+        bug
+        for bug in BUGS
+        if asked.op in (None, bug.op) and (not asked.words or any(word in bug.name for word in asked.words))
+    ]
+    rows = []
+    for bug in chosen:
+        plant(bug)
+        words = [verdict(bug, mode) for mode in MODES]
+        rows.append((bug, words))
+        print(f"{bug.op:12} {bug.name:60} {'  '.join(f'{word:9}' for word in words)}", flush=True)  # noqa: T201
+    if len(chosen) == len(BUGS):
+        TABLE.write_text(table(rows))
+    missed = [bug.name for bug, words in rows if set(words) == {MISSED}]
+    for name in missed:
+        print(f"MISSED: {name}")  # noqa: T201
+    return 1 if missed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

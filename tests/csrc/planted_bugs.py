@@ -1,0 +1,155 @@
+"""Bugs that mutations.py plants in copies of csrc/, one at a time: what the emulator's tests must notice.
+
+Each is a place in a file, told by a text that occurs there once, and what stands there instead. Add to the list what a
+new kernel could get wrong: a barrier left out, a mask off by one, a fragment swapped, a load without its condition, a
+wait for too few copies.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Bug:
+    op: str  # whose calls (calls.py) must notice
+    name: str
+    file: str  # below csrc/
+    right: str
+    wrong: str
+
+
+def layer_norm(name: str, file: str, right: str, wrong: str) -> Bug:
+    return Bug("layer_norm", name, file, right, wrong)
+
+
+REDUCE, FORWARD, BACKWARD = "common/reduce.cuh", "layer_norm/forward.cu", "layer_norm/backward.cu"
+
+BUGS: tuple[Bug, ...] = (
+    layer_norm(
+        "no barrier before the sums are written again",
+        REDUCE,
+        "    __syncthreads();  // the last sums have been read\n",
+        "",
+    ),
+    layer_norm(
+        "no barrier after the sums are written",
+        REDUCE,
+        "warp] = v[i];\n    __syncthreads();",
+        "warp] = v[i];",
+    ),
+    layer_norm(
+        "a warp's sum leaves half of it out",
+        REDUCE,
+        "int offset = kWarp / 2;",
+        "int offset = kWarp / 4;",
+    ),
+    layer_norm(
+        "one warp's sum too many",
+        REDUCE,
+        "lane < kWarps ?",
+        "lane <= kWarps ?",
+    ),
+    layer_norm(
+        "a shuffle in a branch",
+        REDUCE,
+        "v[i] = warp_sum(lane < kWarps ? shared[i * kWarp + lane] : 0.0f);",
+        "if (lane < kWarps) v[i] = warp_sum(shared[i * kWarp + lane]);",
+    ),
+    layer_norm(
+        "a row beyond the last",
+        FORWARD,
+        "if (row >= args.M) return;",
+        "if (row > args.M) return;",
+    ),
+    layer_norm(
+        "a load beyond the row's end",
+        FORWARD,
+        "    if (col >= args.N) continue;\n    load_total",
+        "    if (col > args.N) continue;\n    load_total",
+    ),
+    layer_norm(
+        "a store beyond the row's end",
+        FORWARD,
+        "if (col < args.N) f(col, total[step]);",
+        "if (col <= args.N) f(col, total[step]);",
+    ),
+    layer_norm(
+        "two blocks write one row",
+        FORWARD,
+        "const int64_t row = int64_t(blockIdx.x) * kRows + threadIdx.x / kThreads;",
+        "const int64_t row = int64_t(blockIdx.x / 2) * kRows + threadIdx.x / kThreads;",
+    ),
+    layer_norm(
+        "the mean's own rounding is added, not taken off",
+        FORWARD,
+        "shift = -correction * rstd",
+        "shift = correction * rstd",
+    ),
+    layer_norm(
+        "too little shared memory",
+        FORWARD,
+        "layer_norm_forward_kernel(const LayerNormForward args) {\n  FT_SHARED(float, shared, [2 * kWarp]);",
+        "layer_norm_forward_kernel(const LayerNormForward args) {\n  FT_SHARED(float, shared, [kWarp]);",
+    ),
+    layer_norm(
+        "the residual's alignment is not looked at",
+        FORWARD,
+        "  aligned = aligned && is_vector_aligned<T>(args.residual, args.residual_stride);\n",
+        "",
+    ),
+    layer_norm(
+        "dropout's bits of the first four columns for all eight",
+        "common/philox.cuh",
+        "uint32_t((col + first) / 4)",
+        "uint32_t(col / 4)",
+    ),
+    layer_norm(
+        "no barrier before the warps' sums are written again",
+        BACKWARD,
+        "  __syncthreads();  // the last buffer's sums have been read\n",
+        "",
+    ),
+    layer_norm(
+        "no barrier after the warps' sums are written",
+        BACKWARD,
+        "pick(sums[step])[i];\n  __syncthreads();",
+        "pick(sums[step])[i];",
+    ),
+    layer_norm(
+        "all blocks write one row of partial sums",
+        BACKWARD,
+        "    partial[blockIdx.x * N + col] = sum;",
+        "    partial[col] = sum;",
+    ),
+    layer_norm(
+        "a part beyond the last",
+        BACKWARD,
+        "part < args.parts;",
+        "part <= args.parts;",
+    ),
+    layer_norm(
+        "no barrier before the slices are added",
+        BACKWARD,
+        "  shared[slice * kWarp + lane] = sum;\n  __syncthreads();",
+        "  shared[slice * kWarp + lane] = sum;",
+    ),
+    layer_norm(
+        "partial sums that nobody set to zero",
+        BACKWARD,
+        "partial[blockIdx.x * args.N + col + i] = 0.0f;",
+        "partial[blockIdx.x * args.N + col + i] *= 1.0f;",
+    ),
+    layer_norm(
+        "a gradient's load beyond the row's end",
+        BACKWARD,
+        "if (col < args.N) first_pass<T>(",
+        "if (col <= args.N) first_pass<T>(",
+    ),
+    layer_norm(
+        "the last row is left out",
+        BACKWARD,
+        "row < args.M;\n       row += int64_t(gridDim.x) * kRows",
+        "row < args.M - 1;\n       row += int64_t(gridDim.x) * kRows",
+    ),
+)

@@ -1,0 +1,79 @@
+"""nvcc's verdict on the CUDA kernels, without a GPU: no warning, no spill, no more registers than are on record.
+
+The record is bench/results/cuda_builds.json; `python -m tests.csrc.cuda_builds --write` makes it anew.
+"""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from tests.csrc import building, cuda_builds
+
+# Kernels that may keep something on the stack, and why. None may where it is not said here.
+MAY_SPILL: dict[str, str] = {}
+SHARED_LIMIT = 48 * 1024  # static: more than this can only be asked for at the launch
+
+needs_nvcc = pytest.mark.skipif(cuda_builds.toolkit() is None, reason="no CUDA toolkit (nvcc) on this machine")
+OPS = sorted({path.parent.name for path in building.CSRC.glob("*/*.cu")})
+
+
+@needs_nvcc
+@pytest.mark.slow
+@pytest.mark.parametrize("op", OPS)
+def test_no_kernel_is_compiled_with_a_warning(op):
+    for source, log in cuda_builds.logs(op).items():
+        assert not re.search(r"warning|advisory", log, re.IGNORECASE), f"{source.name}:\n{log[:4000]}"
+
+
+@needs_nvcc
+@pytest.mark.slow
+@pytest.mark.parametrize("op", OPS)
+def test_no_kernel_spills(op):
+    for build in cuda_builds.builds(op):
+        if build.kernel.partition("<")[0] not in MAY_SPILL:
+            assert build.spills == 0 and build.stack == 0, build
+        assert build.shared <= SHARED_LIMIT, build
+
+
+@needs_nvcc
+@pytest.mark.slow
+@pytest.mark.parametrize("op", OPS)
+def test_no_kernel_takes_more_registers_than_are_on_record(op):
+    version, recorded = cuda_builds.read_record()
+    if version != cuda_builds.toolkit().version:
+        pytest.skip(f"the record is of nvcc {version}, and another allocates otherwise")
+    known = {build.key: build for build in recorded}
+    problems = []
+    for build in cuda_builds.builds(op):
+        before = known.get(build.key)
+        if before is None:
+            problems.append(f"{build}: not on record")
+        elif build.registers > before.registers:
+            problems.append(f"{build}: {before.registers} registers on record")
+    assert not problems, "\n".join(problems)
+
+
+def test_the_record_is_of_todays_kernels():
+    _, recorded = cuda_builds.read_record()
+    sources = {op: "".join(p.read_text() for p in (building.CSRC / op).glob("*.cu*")) for op in OPS}
+    assert {build.op for build in recorded} == set(OPS)
+    for build in recorded:
+        assert f"{build.kernel.partition('<')[0]}(" in sources[build.op], f"{build.kernel} is no longer there"
+        assert build.arch in cuda_builds.ARCHS
+
+
+LOG = """\
+ptxas info    : 0 bytes gmem
+ptxas info    : Compiling entry function '_ZN5fused4cuda12_GLOBAL__N_110row_kernelIfLi4EEEvPKfl' for 'sm_80'
+ptxas info    : Function properties for _ZN5fused4cuda12_GLOBAL__N_110row_kernelIfLi4EEEvPKfl
+    16 bytes stack frame, 16 bytes spill stores, 48 bytes spill loads
+ptxas info    : Used 40 registers, used 1 barriers, 16 bytes cumulative stack size, 256 bytes smem, 488 bytes cmem[0]
+ptxas info    : Compile time = 132.681 ms
+"""
+
+
+def test_a_report_is_read():
+    (build,) = cuda_builds.parsed("op", LOG)
+    assert build == cuda_builds.Build("op", "row_kernel<float, 4>", "sm_80", 40, 64, 16, 256)
