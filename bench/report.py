@@ -160,7 +160,7 @@ def write_figure(results: dict, path: Path) -> None:
 
 def newest(folder: Path) -> list[Path]:
     """The latest file of each processor or GPU; names end with the day."""
-    latest = {path.stem.rpartition("_")[0]: path for path in sorted(folder.glob("*.json"))}
+    latest = {path.stem.rpartition("_")[0]: path for path in sorted(folder.glob("*_????-??-??.json"))}
     return list(latest.values())
 
 
