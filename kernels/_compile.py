@@ -7,6 +7,7 @@ stand in kernels/<op>/compiled.py. Which backend runs is decided inside the node
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar
@@ -49,6 +50,7 @@ def operator(
     save: Callable | None = None,
     backward: Callable | None = None,
     flops: Callable | None = None,
+    plain: Callable | None = None,
 ) -> Callable[..., Any]:
     """Defines torch.ops.fused_transformer.<name> and returns the function that calls it, with positional arguments.
 
@@ -61,6 +63,8 @@ def operator(
         backward: backward(ctx, *gradients of the outputs), the gradients of all inputs. It calls operators too. None:
             differentiating this operator is an error, as every op's gradient can be taken once.
         flops: the operations of a call, as torch.utils.flop_counter.register_flop_formula takes it.
+        plain: the outputs in torch's own operators, without looking at numbers, for torch.onnx.export. None: it is an
+            error there.
     """
     name = schema.partition("(")[0]
     _library.define(schema)
@@ -108,11 +112,22 @@ def operator(
     function = type(name, (torch.autograd.Function,), {key: staticmethod(method) for key, method in methods.items()})
 
     def call(*args):
-        if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        if torch.compiler.is_dynamo_compiling():
+            return op(*args)
+        if _in_onnx_export():
+            if plain is None:
+                raise NotImplementedError(f"{name} has no form in torch's own operators to export to ONNX")
+            return plain(*args)
+        if torch._C._are_functorch_transforms_active():
             return function.apply(*args)  # type: ignore[attr-defined]
         return op(*args)
 
     return call
+
+
+def _in_onnx_export() -> bool:
+    """Whether torch.onnx.export is at work, which knows torch's own operators alone."""
+    return "torch.onnx" in sys.modules and torch.onnx.is_in_onnx_export()
 
 
 def absent(x: Tensor) -> Tensor:

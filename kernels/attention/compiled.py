@@ -16,6 +16,7 @@ from fused_transformer.kernels._checks import dense_last, require_dropout
 from fused_transformer.kernels._compile import absent, laid_out_like, operator
 from fused_transformer.kernels._dispatch import OPS
 from fused_transformer.kernels._philox import new_seed
+from fused_transformer.kernels.attention import reference
 from fused_transformer.kernels.attention.checks import check_statistics, check_tensors
 from fused_transformer.kernels.attention.mask import make_mask
 
@@ -80,6 +81,13 @@ def _forward_fake(*arguments):
     return torch.empty_like(q), q.new_empty(q.shape[:-1], dtype=_statistics(q))
 
 
+def _forward_plain(*arguments):
+    checked = _checked(*arguments)
+    if checked[3].packed:
+        raise NotImplementedError("packed batches can't be exported to ONNX: pass padded tensors and k_lengths")
+    return reference.forward(*checked)
+
+
 def _forward_flops(q, k, v, keep, bias, causal, left, right, k_lengths, q_offsets, *_, **__):
     return 2 * _scores(q, k, q_offsets)
 
@@ -138,6 +146,7 @@ _attention = operator(
     save=_save,
     backward=_gradients,
     flops=_forward_flops,
+    plain=_forward_plain,
 )
 
 
@@ -153,6 +162,11 @@ def _weights(q, k, lse, *rest):
 def _weights_fake(q, k, lse, *rest):
     _checked_weights(q, k, lse, *rest)
     return q.new_empty((*q.shape[:3], k.shape[2]))
+
+
+def _weights_plain(q, k, lse, *rest):
+    q, k, _, *given = _checked_weights(q, k, lse, *rest)
+    return reference.weights(q, k, lse, *given)
 
 
 def _checked_weights(q, k, lse, *rest):
@@ -181,8 +195,6 @@ def _weights_gradients(ctx, dweights):
 
 
 def _weights_backward(dweights, q, k, lse, *rest):
-    from fused_transformer.kernels.attention import reference
-
     *rest, wants_dbias = rest
     q, k, _, *given = _checked(q, k, k, *rest)
     dq, dk, dbias = reference.weights_backward(dweights, q, k, lse, *given, wants_dbias)
@@ -215,6 +227,7 @@ _attention_weights = operator(
     save=_save_weights,
     backward=_weights_gradients,
     flops=_weights_flops,
+    plain=_weights_plain,
 )
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fused_transformer.kernels import _philox
+from fused_transformer.kernels._checks import has_numbers
 from fused_transformer.kernels.attention.mask import Mask
 
 # Letters in einsums: b batch, h heads, l queries, s keys, d head width.
@@ -130,7 +131,7 @@ def _weighted_sum(weights: Tensor, values: Tensor, allowed: Tensor) -> Tensor:
     """Σ_s weights · values over the allowed keys alone: 0 · NaN must not happen for the masked ones."""
     finite = values.isfinite()
     out = torch.einsum("bhls,bhsd->bhld", weights, torch.where(finite, values, 0))
-    if finite.all():
+    if not has_numbers(values) or finite.all():  # in a trace (for ONNX) nobody can look: NaN and Inf count as 0 there
         return out
     for bad in (torch.nan, torch.inf, -torch.inf):
         is_bad = values.isnan() if bad != bad else values == bad

@@ -10,6 +10,7 @@ from fused_transformer.kernels._checks import dense_last, require_dropout
 from fused_transformer.kernels._compile import operator
 from fused_transformer.kernels._dispatch import OPS
 from fused_transformer.kernels._philox import new_seed
+from fused_transformer.kernels.embedding import reference
 from fused_transformer.kernels.embedding.checks import check_tensors
 from fused_transformer.kernels.embedding.positions import make_positions
 
@@ -39,6 +40,10 @@ def _forward(table, tokens, *rest):
 def _forward_fake(table, tokens, *rest):
     _checked(table, tokens, *rest)
     return table.new_empty((*tokens.shape, table.shape[1]))
+
+
+def _forward_plain(table, tokens, *rest):
+    return reference.forward(tokens, table, *_checked(table, tokens, *rest))
 
 
 def _save(ctx, inputs, output):
@@ -76,6 +81,7 @@ _embedding = operator(
     "Tensor? position_ids, SymInt? padding_idx, float dropout_p, Tensor? seed) -> Tensor",
     run=_forward,
     fake=_forward_fake,
+    plain=_forward_plain,
     save=_save,
     backward=_gradients,
 )

@@ -54,7 +54,7 @@ class Positions:
             return self.ids
         places = torch.arange(tokens.shape[-1] if tokens.dim() else 1, device=tokens.device)
         first = self.start if self.starts is None else self.starts[..., None]
-        return (first + places).expand(*tokens.shape[:-1], len(places)).reshape(tokens.shape)
+        return (first + places).expand(*tokens.shape[:-1], places.shape[0]).reshape(tokens.shape)
 
     def rows(self, tokens: Tensor, width: int) -> tuple[Tensor, Positions]:
         """A float32 (P, width) contiguous table, and the positions as numbers of its rows. Needs `end`."""

@@ -10,6 +10,7 @@ from fused_transformer.kernels._checks import require_dropout
 from fused_transformer.kernels._compile import absent, operator
 from fused_transformer.kernels._dispatch import OPS
 from fused_transformer.kernels._philox import new_seed
+from fused_transformer.kernels.layer_norm import reference
 from fused_transformer.kernels.layer_norm.checks import Wanted, check_eps, check_tensors
 
 
@@ -53,6 +54,12 @@ def _forward_fake(x, residual, x_bias, weight, bias, seed, eps, dropout_p, rms, 
     mean = x.new_empty(x.shape[:-1], dtype=statistics) if wants_backward and not rms else absent(x)
     rstd = x.new_empty(x.shape[:-1], dtype=statistics) if wants_backward else absent(x)
     return x.new_empty(x.shape), total, mean, rstd
+
+
+def _forward_plain(x, residual, x_bias, weight, bias, seed, eps, dropout_p, rms, wants_total, wants_backward):
+    _check(x, residual, x_bias, weight, bias, seed, eps, dropout_p)
+    arguments = (x, residual, x_bias, weight, bias, seed, eps, dropout_p, rms, wants_total, wants_backward)
+    return reference.forward(*arguments)
 
 
 def _check(x, residual, x_bias, weight, bias, seed, eps, dropout_p):
@@ -130,6 +137,7 @@ _layer_norm = operator(
     "-> (Tensor y, Tensor total, Tensor mean, Tensor rstd)",
     run=_forward,
     fake=_forward_fake,
+    plain=_forward_plain,
     save=_save,
     backward=_gradients,
 )
