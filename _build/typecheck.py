@@ -15,8 +15,9 @@ def main() -> int:
     package = TREE / "fused_transformer"
     shutil.rmtree(TREE, ignore_errors=True)
     package.mkdir(parents=True)
-    for path in sorted([*(ROOT / "transformer").glob("*.py"), ROOT / "transformer" / "py.typed", ROOT / "kernels"]):
-        (package / path.name).symlink_to(path)
+    for path in (*(ROOT / "transformer").iterdir(), ROOT / "kernels"):
+        if path.name != "__pycache__":
+            (package / path.name).symlink_to(path)
     config = f"--config-file={ROOT / 'pyproject.toml'}"
     command = [sys.executable, "-m", "mypy", config, f"--cache-dir={ROOT / '.mypy_cache'}", "-p", "fused_transformer"]
     return subprocess.run(command, cwd=TREE, check=False).returncode

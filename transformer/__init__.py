@@ -2,6 +2,7 @@
 
 from importlib.metadata import version
 
+import fused_transformer.nn as nn
 from fused_transformer.add_norm import AddLayerNorm
 from fused_transformer.attention import MultiheadAttention
 from fused_transformer.config import TransformerConfig
@@ -34,5 +35,6 @@ __all__ = [
     "__version__",
     "beam_search",
     "greedy",
+    "nn",
     "smoothed_cross_entropy",
 ]

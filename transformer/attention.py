@@ -13,7 +13,28 @@ from fused_transformer.masks import MultiheadAttentionError, attention_masks, ch
 
 
 def _no_op(module: nn.Module, args: tuple) -> None:
-    """See MultiheadAttention.__init__."""
+    """See `forbid_bypass`."""
+
+
+def forbid_bypass(module: nn.MultiheadAttention) -> None:
+    """Have torch.nn's layers call `module`: a submodule with a hook makes them, so it gets one that does nothing.
+
+    In eval mode nn.TransformerEncoderLayer would read self_attn's weights instead and never call it.
+    """
+    if _no_op not in module._forward_pre_hooks.values():
+        module.register_forward_pre_hook(_no_op)
+
+
+def allow_bypass(module: nn.MultiheadAttention) -> None:
+    """Undo `forbid_bypass`."""
+    for key in [key for key, hook in module._forward_pre_hooks.items() if hook is _no_op]:
+        del module._forward_pre_hooks[key]
+
+
+def has_pre_hooks(module: nn.Module) -> bool:
+    """Whether `module` has forward pre-hooks other than that one."""
+    hooks = module._forward_pre_hooks
+    return bool(hooks) and any(hook is not _no_op for hook in hooks.values())
 
 
 class MultiheadAttention(nn.MultiheadAttention):
@@ -62,9 +83,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         super().__init__(
             embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim, batch_first, device, dtype
         )
-        # In eval mode nn.TransformerEncoderLayer reads self_attn's weights and never calls it, unless a submodule has
-        # a hook: so this one has, and it does nothing.
-        self.register_forward_pre_hook(_no_op)
+        forbid_bypass(self)
 
     def forward(
         self,

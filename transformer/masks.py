@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -48,11 +46,6 @@ def check_masks(
                 f"The shape of the {attn_mask.dim()}D attn_mask is {attn_mask.shape}, but should be {expected}."
                 f" Expected `attn_mask` shape to be {expected} but got {attn_mask.shape}"
             )
-        if key_padding_mask is not None and key_padding_mask.dtype != attn_mask.dtype:
-            warnings.warn(
-                "Support for mismatched key_padding_mask and attn_mask is deprecated. Use same type for both instead.",
-                stacklevel=5,
-            )
     if key_lengths is not None and batch is None:
         raise MultiheadAttentionError("key_lengths needs a batched query")
 
@@ -84,7 +77,7 @@ def attention_masks(
     causal = "top_left" if is_causal else False
 
     if key_padding_mask is not None and key_padding_mask.is_floating_point():
-        key_padding_mask = _as_bool_if_hard(key_padding_mask)
+        key_padding_mask = as_bool_if_hard(key_padding_mask)
     if key_padding_mask is not None:
         by_key = key_padding_mask[:, None, None, :]
         if key_padding_mask.dtype == torch.bool:
@@ -126,7 +119,7 @@ def lengths_if_padded_right(keep: Tensor) -> Tensor | None:
     return lengths if torch.equal(below, keep) else None
 
 
-def _as_bool_if_hard(mask: Tensor) -> Tensor:
+def as_bool_if_hard(mask: Tensor) -> Tensor:
     """A float mask of only 0 and -inf (what nn.TransformerEncoder makes of a bool one) as bool again, on the CPU."""
     if mask.device.type != "cpu" or mask.requires_grad or torch.compiler.is_compiling():
         return mask

@@ -267,10 +267,11 @@ def test_key_lengths_of_unbatched_inputs_are_an_error():
         module(x, x, x, key_lengths=torch.tensor([3]))
 
 
-def test_mismatched_masks_warn_as_torch_does():
-    module = MultiheadAttention(E, H, batch_first=True)
-    with pytest.warns(UserWarning, match="Support for mismatched key_padding_mask and attn_mask is deprecated"):
-        module(**inputs(module), key_padding_mask=bool_mask(B, S), attn_mask=normal(L, S))
+def test_a_bool_and_a_float_mask_go_together_and_nothing_warns():
+    module = MultiheadAttention(E, H, batch_first=True)  # torch says that it will stop taking both
+    tensors, hidden, soft = inputs(module), bool_mask(B, S), normal(L, S)
+    expected = module(**tensors, key_padding_mask=as_float(hidden), attn_mask=soft)
+    torch.testing.assert_close(module(**tensors, key_padding_mask=hidden, attn_mask=soft), expected)
 
 
 def test_wrong_sizes_of_the_constructor_are_torchs_errors():
