@@ -15,6 +15,8 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from types import ModuleType
 
+import torch
+
 BACKENDS = ("cuda", "triton", "cpu", "reference")
 
 _forced: ContextVar[str | None] = ContextVar("forced_backend", default=None)
@@ -26,6 +28,11 @@ OPS: dict[str, Op] = {}  # filled as ops are imported; `python -m fused_transfor
 def use_backend(name: str | None) -> Iterator[None]:
     """Run every op inside the block on backend `name`; None gives the choice back to the ops.
 
+    Around a function made by torch.compile, or an exported program, it acts when they run: the choice is no part of the
+    graph. Such a graph's backward pass chooses anew, so it wants the block as well; and on a GPU autograd runs that on
+    a thread of its own, which the block does not reach: there the ops choose. (Eager ops go back on the backend they
+    came by.) Inside a compiled function the block is a graph break.
+
     Args:
         name: "cuda", "triton", "cpu", "reference" or None.
 
@@ -34,6 +41,8 @@ def use_backend(name: str | None) -> Iterator[None]:
         NotImplementedError: by an op inside the block, with the reason, where the backend refuses its
             arguments. Nothing ever falls back to another backend in silence.
     """
+    if torch.compiler.is_compiling():
+        raise RuntimeError("use_backend acts when ops run, not when they are traced: put it around the compiled call")
     if name is not None and name not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)} or None, got {name!r}")
     token = _forced.set(name)
