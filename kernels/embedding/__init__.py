@@ -73,13 +73,14 @@ def embedding(
         (*tokens.shape, E) of table's dtype. Differentiable in table; the gradient is dense.
 
     Raises:
-        IndexError: a token is outside the vocabulary: the sentence says which, and where.
+        IndexError: a token is outside the vocabulary: the sentence says which, and where. A backend that would have to
+            wait for the GPU to know ("triton" on one) makes that token's row NaN instead, and gives it no gradient.
         ValueError: shapes, dtypes or devices do not fit, or a position is negative; the sentence says which.
         TypeError: tokens or table is no tensor.
         NotImplementedError: a backend was forced that refuses these arguments.
 
-    Numerics: arithmetic in float32, positions computed in float64. The gradient is summed in float32 in the order of
-        the tokens: the same bits on every run and with any number of threads.
+    Numerics: arithmetic in float32, positions computed in float64. The gradient is summed in float32, in an order that
+        the tokens alone decide: the same bits on every run and with any number of threads.
     Source: Vaswani et al. 2017, sections 3.4 and 3.5.
     """
     if routed(table):

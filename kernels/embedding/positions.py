@@ -21,21 +21,36 @@ _SMALLEST_TABLE_ROWS = 512
 _tables: dict[tuple[str, int, torch.device], Tensor] = {}
 
 
-def sinusoids(positions: Tensor, width: int, layout: str) -> Tensor:
-    """(..., width) float64: the rows at integer `positions` (...). Formulas in `sinusoidal_positions`."""
-    float64: dict[str, Any] = {"dtype": torch.float64, "device": positions.device}
-    positions = positions.to(torch.float64)[..., None]
+def frequencies(layout: str, width: int, device: torch.device) -> Tensor:
+    """float64, the frequency of each sine; the cosines have the same, but the last where there is one sine more."""
+    float64: dict[str, Any] = {"dtype": torch.float64, "device": device}
     if layout == "concat_t2t":
         half = width // 2
-        step = math.log(10000.0) / max(half - 1, 1)
-        angles = positions * torch.exp(torch.arange(half, **float64) * -step)
+        return torch.exp(torch.arange(half, **float64) * (-math.log(10000.0) / max(half - 1, 1)))
+    pairs = (width + 1) // 2  # an odd width has one more sine than cosines
+    return 10000.0 ** (torch.arange(pairs, **float64) * (-2.0 / max(width, 1)))
+
+
+def sinusoids(positions: Tensor, width: int, layout: str) -> Tensor:
+    """(..., width) float64: the rows at integer `positions` (...). Formulas in `sinusoidal_positions`."""
+    positions = positions.to(torch.float64)[..., None]
+    angles = positions * frequencies(layout, width, positions.device)
+    if layout == "concat_t2t":
         zero = positions.new_zeros(*positions.shape[:-1], width % 2)
         return torch.cat([angles.sin(), angles.cos(), zero], -1)
-    pairs = (width + 1) // 2  # an odd width has one more sine than cosines
-    angles = positions * 10000.0 ** (torch.arange(pairs, **float64) * (-2.0 / max(width, 1)))
     if layout == "interleaved":
         return torch.stack([angles.sin(), angles.cos()], -1).flatten(-2)[..., :width]
     return torch.cat([angles.sin(), angles.cos()[..., : width // 2]], -1)
+
+
+def column_waves(layout: str, width: int, device: torch.device) -> Tensor:
+    """(2, width) float64: of each column of `sinusoids` the frequency, and 1 where it is a cosine, 0 where a sine."""
+    each = frequencies(layout, width, device)
+    waves = torch.stack([each, torch.zeros_like(each)]), torch.stack([each, torch.ones_like(each)])
+    if layout == "interleaved":
+        return torch.stack(waves, -1).flatten(-2)[:, :width].contiguous()
+    zero = each.new_zeros(2, width % 2 if layout == "concat_t2t" else 0)
+    return torch.cat([waves[0], waves[1][:, : width // 2], zero], -1).contiguous()
 
 
 @dataclass(frozen=True, slots=True)
