@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from functools import wraps
-from typing import Any, ParamSpec, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -141,30 +140,3 @@ def laid_out_like(template: Tensor, x: Tensor) -> Tensor:
     if all(size <= 1 or a == b for size, a, b in zip(x.shape, x.stride(), wanted, strict=True)):
         return x
     return torch.empty_like(template, dtype=x.dtype).copy_(x)
-
-
-P = ParamSpec("P")
-R = TypeVar("R")
-
-
-_disabled: dict[Callable, Callable] = {}  # not functools.cache, which torch.compile warns about
-
-
-def _outside_the_graph(function: Callable[P, R]) -> Callable[P, R]:
-    # Made on first use: torch.compiler.disable imports all of torch._dynamo, which takes seconds.
-    disabled = _disabled.get(function)
-    if disabled is None:
-        disabled = _disabled[function] = torch.compiler.disable(function)
-    return disabled
-
-
-def graph_break(function: Callable[P, R]) -> Callable[P, R]:
-    """Decorate a public op: inside torch.compile it runs eagerly between two graphs."""
-
-    @wraps(function)
-    def op(*args: P.args, **kwargs: P.kwargs) -> R:
-        if torch.compiler.is_compiling():
-            return _outside_the_graph(function)(*args, **kwargs)
-        return function(*args, **kwargs)
-
-    return op

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fused_transformer.kernels._autocast import lowered
+from fused_transformer.kernels._autograd import once_differentiable
 from fused_transformer.kernels._checks import dense_last, require_dropout
 from fused_transformer.kernels._compile import routed
 from fused_transformer.kernels._dispatch import Op
@@ -33,7 +34,7 @@ class _Attention(torch.autograd.Function):
         return out, lse
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx, dout, _dlse):
         q, k, v, bias, out, lse, seed, _ = ctx.saved_tensors
         wants_dbias = bias is not None and ctx.needs_input_grad[3]
@@ -55,7 +56,7 @@ class _Weights(torch.autograd.Function):
         return weights
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx, dweights):
         # The caller already holds (B, H, L, S) numbers, so nothing is lost by plain torch here.
         from fused_transformer.kernels.attention import reference

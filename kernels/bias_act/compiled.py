@@ -8,6 +8,7 @@ from fused_transformer.kernels._checks import require_dropout
 from fused_transformer.kernels._compile import absent, operator
 from fused_transformer.kernels._dispatch import OPS
 from fused_transformer.kernels._philox import new_seed
+from fused_transformer.kernels.bias_act import reference
 from fused_transformer.kernels.bias_act.checks import check
 
 
@@ -33,6 +34,11 @@ def _forward(*arguments):
 def _forward_fake(x, *rest):
     _check(x, *rest)
     return x.new_empty(x.shape)
+
+
+def _forward_plain(*arguments):
+    _check(*arguments)
+    return reference.forward(*arguments)
 
 
 def _save(ctx, inputs, output):
@@ -69,6 +75,7 @@ _bias_act = operator(
     "bias_act(Tensor x, Tensor? bias, Tensor? seed, str activation, float dropout_p) -> Tensor",
     run=_forward,
     fake=_forward_fake,
+    plain=_forward_plain,
     save=_save,
     backward=_gradients,
 )

@@ -11,6 +11,7 @@ import torch
 from fused_transformer.kernels._checks import dense_last
 from fused_transformer.kernels._compile import operator
 from fused_transformer.kernels._dispatch import OPS
+from fused_transformer.kernels.cross_entropy import reference
 from fused_transformer.kernels.cross_entropy.checks import check_range, check_tensors, checked_options
 
 
@@ -29,6 +30,12 @@ def _forward_fake(logits, targets, *options):
     _checked(logits, targets, *options)
     dtype = torch.promote_types(logits.dtype, torch.float32)
     return tuple(logits.new_empty(targets.shape, dtype=dtype) for _ in range(3))
+
+
+def _forward_plain(logits, targets, *options):
+    rest = _checked(logits, targets, *options)
+    losses, *statistics = reference.forward(_rows(logits), targets.reshape(-1), *rest)
+    return losses.reshape(targets.shape), *statistics
 
 
 def _save(ctx, inputs, output):
@@ -76,6 +83,7 @@ losses_and_statistics = operator(
     f"cross_entropy(Tensor logits, Tensor targets, {_OPTIONS}) -> (Tensor losses, Tensor top, Tensor log_sum)",
     run=_forward,
     fake=_forward_fake,
+    plain=_forward_plain,
     save=_save,
     backward=_gradients,
 )

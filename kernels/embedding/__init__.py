@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from fused_transformer.kernels._autograd import once_differentiable
 from fused_transformer.kernels._checks import dense_last, require_dropout
 from fused_transformer.kernels._compile import routed
 from fused_transformer.kernels._dispatch import Op
@@ -32,7 +33,7 @@ class _Embedding(torch.autograd.Function):
         return out
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx, dout):
         tokens, seed = ctx.saved_tensors
         dtable = ctx.backend.backward(dense_last(dout), tokens, *ctx.rest, seed)

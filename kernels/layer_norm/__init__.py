@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from fused_transformer.kernels._autocast import widened
+from fused_transformer.kernels._autograd import once_differentiable
 from fused_transformer.kernels._checks import require_dropout
 from fused_transformer.kernels._compile import routed
 from fused_transformer.kernels._dispatch import Op
@@ -35,7 +36,7 @@ class _LayerNorm(torch.autograd.Function):
         return (y, total) if wants_total else y
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx, dy, dtotal=None):
         total, weight, mean, rstd, seed = ctx.saved_tensors
         wants_dx, wants_dresidual, wants_dx_bias, wants_dweight, wants_dbias = ctx.needs_input_grad[:5]
