@@ -9,6 +9,7 @@ from fused_transformer.config import TransformerConfig
 from fused_transformer.decoding import beam_search, greedy
 from fused_transformer.embedding import TokenEmbedding
 from fused_transformer.feed_forward import FeedForward
+from fused_transformer.fusing import FuseReport, fuse, unfuse
 from fused_transformer.incremental import DecoderState
 from fused_transformer.layers import DecoderLayer, EncoderLayer
 from fused_transformer.loss import smoothed_cross_entropy
@@ -26,6 +27,7 @@ __all__ = [
     "Encoder",
     "EncoderLayer",
     "FeedForward",
+    "FuseReport",
     "Hypotheses",
     "MultiheadAttention",
     "NoamLR",
@@ -34,7 +36,9 @@ __all__ = [
     "TransformerConfig",
     "__version__",
     "beam_search",
+    "fuse",
     "greedy",
     "nn",
     "smoothed_cross_entropy",
+    "unfuse",
 ]
