@@ -27,7 +27,7 @@ def to_float32(bits: np.ndarray) -> np.ndarray:
 
 def to_bfloat16(values: np.ndarray) -> np.ndarray:
     """float32 -> bfloat16 as uint16 bits, to nearest, ties to even; NaN stays NaN."""
-    values = np.ascontiguousarray(values, dtype=np.float32)
+    values = np.asarray(values, dtype=np.float32, order="C")
     bits = values.view(np.uint32)
     rounded = (bits + np.uint32(0x7FFF) + ((bits >> 16) & 1)) >> 16
     return np.where(np.isnan(values), np.uint32(0x7FC0), rounded).astype(np.uint16).reshape(values.shape)

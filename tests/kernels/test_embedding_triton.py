@@ -7,9 +7,9 @@ import math
 import pytest
 import torch
 
-from fused_transformer.kernels import embedding, sinusoidal_positions, use_backend
+from fused_transformer.kernels import embedding, sinusoidal_positions
 from fused_transformer.kernels.embedding import positions
-from tests.inputs import FLOATS, dtype_id, normal
+from tests.inputs import FLOATS, dtype_id, normal, running_on
 from tests.oracle import assert_backend_matches, assert_equal, run_with_gradients
 
 pytest.importorskip("triton")
@@ -32,7 +32,7 @@ def end_unknown(monkeypatch):
 def test_computed_positions_are_those_of_the_table(layout, width, end_unknown, device):
     ids = torch.cat([torch.arange(70), torch.randint(0, 2**17, (60,)), torch.tensor([2**17 - 1])]).to(device)
     table = torch.zeros(1, width, device=device)
-    with use_backend("triton"):
+    with running_on("triton"):
         got = embedding(torch.zeros_like(ids), table, positions=layout, position_ids=ids)
     expected = sinusoidal_positions(2**17, width, layout=layout, device=device)[ids]
     assert_equal(got, expected)
@@ -41,7 +41,7 @@ def test_computed_positions_are_those_of_the_table(layout, width, end_unknown, d
 @pytest.mark.parametrize("layout", positions.LAYOUTS)
 def test_computed_positions_far_out(layout, end_unknown, device):
     starts = torch.tensor([2**20, 2**24 - 3, 10**9, 2**31, 0], device=device)
-    with use_backend("triton"):
+    with running_on("triton"):
         got = embedding(
             torch.zeros(5, 3, dtype=torch.long, device=device),
             torch.zeros(1, 12, device=device),
@@ -56,7 +56,7 @@ def test_computed_positions_far_out(layout, end_unknown, device):
 
 def test_every_quarter_of_a_turn(end_unknown, device):
     ids = torch.arange(0, 100, device=device)
-    with use_backend("triton"):
+    with running_on("triton"):
         got = embedding(torch.zeros_like(ids), torch.zeros(1, 2, device=device), position_ids=ids)
     expected = [[math.sin(p), math.cos(p)] for p in range(100)]
     torch.testing.assert_close(got.cpu().double(), torch.tensor(expected, dtype=torch.float64), rtol=0, atol=2**-24)
@@ -106,7 +106,7 @@ def test_runs_over_chunks(name, device):
 def test_the_same_call_twice_is_bitwise_equal(dtype, device):
     tensors = {"tokens": tokens_of({0: 50, 3: 40, 4: 9}, device), "table": normal(6, 90, dtype=dtype, device=device)}
     options = {"dropout_p": 0.1, "seed": torch.tensor([-3], device=device)}
-    with use_backend("triton"):
+    with running_on("triton"):
         first, second = (run_with_gradients(embedding, tensors, **options) for _ in range(2))
     assert_equal(first, second)
 
@@ -130,11 +130,11 @@ def test_where_nobody_waits_a_bad_token_gives_nan_and_no_gradient(tokens_dtype, 
     bad[places] = torch.tensor([4, -1, 2**31 - 1], dtype=tokens_dtype, device=device)
     whole = normal(6, 40, device=device)
     tensors = {"table": whole[1:5]}  # the rows beside the table's are there, and not read
-    with use_backend("triton"):
+    with running_on("triton"):
         expected, got = (run_with_gradients(embedding, {"tokens": t, **tensors}) for t in (good, bad))
     assert bool(got["out"][places].isnan().all())
     assert_equal(got["out"][~places], expected["out"][~places])
-    with use_backend("triton"):
+    with running_on("triton"):
         seen = run_with_gradients(embedding, {"tokens": good[~places], **tensors}, positions=None, scale=1.0)
         table = tensors["table"].detach().requires_grad_()
         out = embedding(bad, table, positions=None, scale=1.0)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fused_transformer.kernels import add_layer_norm_with_total, use_backend
-from tests.inputs import dtype_id, normal
+from fused_transformer.kernels import add_layer_norm_with_total
+from tests.inputs import dtype_id, normal, running_on
 from tests.oracle import assert_backend_matches, assert_equal, run_with_gradients
 
 pytest.importorskip("triton")
@@ -27,7 +27,7 @@ def test_a_program_without_rows_writes_zeros(monkeypatch, device):
     results = []
     for count in (1, 5):
         monkeypatch.setattr(triton_backward, "parts", lambda *_, count=count: count)
-        with use_backend("triton"):
+        with running_on("triton"):
             results.append(run_with_gradients(add_layer_norm_with_total, tensors))
     assert_equal(results[1], results[0])
 
