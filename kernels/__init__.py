@@ -8,7 +8,7 @@ Letters used in every signature, docstring and kernel of this package:
 Masks have one meaning on this floor: `keep`, True = attend.
 """
 
-from fused_transformer.kernels._dispatch import BACKENDS, OPS, use_backend
+from fused_transformer.kernels._dispatch import BACKENDS, OPS, observe, use_backend
 from fused_transformer.kernels._philox import new_seed
 from fused_transformer.kernels.attention import attention, attention_weights, attention_with_lse
 from fused_transformer.kernels.bias_act import bias_act
@@ -41,6 +41,7 @@ __all__ = [
     "embedding",
     "layer_norm",
     "new_seed",
+    "observe",
     "rms_norm",
     "sinusoidal_positions",
     "use_backend",

@@ -10,7 +10,7 @@ A backend of an op is a module beside the op with three names:
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from types import ModuleType
@@ -57,6 +57,23 @@ def forced_backend() -> str | None:
     return _forced.get()
 
 
+_observer: Callable[[Op, str, tuple], None] | None = None
+
+
+@contextmanager
+def observe(observer: Callable[[Op, str, tuple], None]) -> Iterator[None]:
+    """Inside the block, tell observer(op, backend, arguments) of every call of an op, once its backend is chosen.
+
+    One observer at a time, for all threads. Without one a call pays for a test.
+    """
+    global _observer
+    before, _observer = _observer, observer
+    try:
+        yield
+    finally:
+        _observer = before
+
+
 class Op:
     """The backends of one op in order of preference; the last, "reference", refuses nothing."""
 
@@ -89,7 +106,7 @@ class Op:
         return module if isinstance(module, str) else module.refuses(*args)
 
     def serves(self, *args) -> bool:
-        """Whether a kernel takes these arguments here, and not just the reference; the forced backend, if there is one.
+        """Whether a backend ahead of the reference takes these arguments here; if one is forced, whether that one does.
 
         Where none does, a module that has torch's own functions for the same work may call those.
         """
@@ -107,6 +124,8 @@ class Op:
         for backend in (forced,) if forced else self.order:
             why = self.why_not(backend, *args)
             if why is None:
+                if _observer is not None:
+                    _observer(self, backend, args)
                 return self._modules[backend]  # type: ignore[return-value]
             reasons[backend] = why
         lines = "\n".join(f"  {backend}: {why}" for backend, why in reasons.items())

@@ -14,6 +14,7 @@ from fused_transformer.incremental import DecoderState
 from fused_transformer.layers import DecoderLayer, EncoderLayer
 from fused_transformer.loss import smoothed_cross_entropy
 from fused_transformer.model import Decoder, Encoder, Transformer
+from fused_transformer.reporting import ModelReport, model_report
 from fused_transformer.schedule import NoamLR
 from fused_transformer.search import Hypotheses
 
@@ -29,6 +30,7 @@ __all__ = [
     "FeedForward",
     "FuseReport",
     "Hypotheses",
+    "ModelReport",
     "MultiheadAttention",
     "NoamLR",
     "TokenEmbedding",
@@ -38,6 +40,7 @@ __all__ = [
     "beam_search",
     "fuse",
     "greedy",
+    "model_report",
     "nn",
     "smoothed_cross_entropy",
     "unfuse",
