@@ -175,6 +175,22 @@ def test_numbers_out_of_range_are_named(backend, change, message):
         decode_attention(**{**call, **change})
 
 
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+def test_a_gpu_reads_nothing_outside_of_the_cache(backend, device):
+    """There nobody looks at the numbers beforehand: those out of range count as the nearest in it."""
+    tensors, options = build(Case("any", B=3, R=5, H=2, L=2, C=70, lengths=(70, 0, 70), rows="table"), device=device)
+    options["rows"][0, 3], options["rows"][2, 69] = 0, 4
+    expected = run(backend, tensors, **options)
+    options["lengths"] = torch.tensor([71, -3, 2**40], device=device)
+    options["rows"] = options["rows"].long()
+    options["rows"][0, 3], options["rows"][2, 69] = -(2**40), 5
+    assert_equal(run(backend, tensors, **options), expected)
+    shared = [torch.tensor(rows, device=device) for rows in ([0, 4, 4], [-1, 5, 2**40])]
+    lengths = torch.tensor([70, 0, 7], device=device)
+    one, other = (run(backend, tensors, lengths=lengths, rows=rows) for rows in shared)
+    assert_equal(one, other)
+
+
 def test_something_else_than_a_tensor_is_a_type_error():
     x = zeros(1, 1, 1, 4)
     with pytest.raises(TypeError, match=r"lengths must be a torch\.Tensor, got list"):
