@@ -37,12 +37,12 @@ class Config:
         return {"BLOCK_M": self.block_m, "BLOCK_F": self.block_f, "num_warps": self.warps}
 
 
-# 16 elements a thread: two or four 16-byte accesses under way for each tensor read, and no more registers than leave
-# room for 8 programs a multiprocessor. Columns are few backward, so that even F = 2048 makes four strips, and the sums
-# over rows need not be spread over many groups (each costs F floats, written and read).
+# 16 elements a thread: two or four 16-byte accesses under way for each tensor read, with at most 128 registers. Columns
+# are few backward, so that even F = 2048 makes four strips, and the sums over rows need not be spread over many groups
+# (each costs F floats, written and read).
 TILE, WARPS = 2048, 4
 FORWARD_COLUMNS, BACKWARD_COLUMNS = 1024, 512
-PROGRAMS_PER_MULTIPROCESSOR = 4  # backward; 16 warps, 32 kB or more of loads under way
+PROGRAMS_PER_MULTIPROCESSOR = 4  # backward; all run at once with 128 registers, 32 kB or more of loads under way
 
 
 def config(cols: int, widest: int) -> Config:

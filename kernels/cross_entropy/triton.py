@@ -36,8 +36,9 @@ class Config:
         return {"BLOCK_N": self.block_n, "BLOCK_V": self.block_v, "num_warps": self.warps}
 
 
-# Elements of a tile. Forward, 16 a thread of 8 warps: two sums of that size stay in registers beside the chunk, and 8
-# such programs fit on a multiprocessor, 64 kB or more of loads under way where about 20 kB hide the memory's latency.
+# Elements of a tile. Forward, 16 a thread of 8 warps: beside the chunk two sums of that size stay in registers, at most
+# 80 a thread where loads are wide, so that 3 programs run at once on a multiprocessor: 24 kB or more of loads under way
+# in 16 bits, where about 20 kB hide the memory's latency.
 FORWARD_TILE, FORWARD_WARPS = 4096, 8
 # Backward nothing is carried from chunk to chunk; 16 elements a thread make two or four 16-byte accesses each.
 BACKWARD_TILE, BACKWARD_WARPS = 2048, 4
