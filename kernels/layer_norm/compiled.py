@@ -71,17 +71,17 @@ def _check(x, residual, x_bias, weight, bias, seed, eps, dropout_p):
 def _save(ctx, inputs, output):
     x, residual, x_bias, weight, bias, seed, _, dropout_p, rms, wants_total, wants_backward = inputs
     _, total, mean, rstd = output
-    if not wants_backward:
-        raise RuntimeError("the statistics for a gradient were not asked for: wants_backward is False")
     saved_total = total if _makes_total(residual, x_bias, seed) else x
     ctx.save_for_backward(saved_total, weight, None if rms else mean, rstd, seed)
-    ctx.dropout_p, ctx.rms = dropout_p, rms
+    ctx.dropout_p, ctx.rms, ctx.has_statistics = dropout_p, rms, wants_backward
     ctx.param_dtypes = [None if p is None else p.dtype for p in (x_bias, weight, bias)]
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(mean, rstd, *(() if wants_total else (total,)))
 
 
 def _gradients(ctx, dy, dtotal, _dmean, _drstd):
+    if not ctx.has_statistics:
+        raise RuntimeError("this node was made without wants_backward=True, and kept nothing for a gradient")
     total, weight, mean, rstd, seed = ctx.saved_tensors
     dx, dresidual, dx_bias, dweight, dbias = ctx.needs_input_grad[:5]
     wanted = Wanted(dx, dresidual, dx_bias, dweight and dy is not None, dbias and dy is not None)
