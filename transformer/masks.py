@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class MultiheadAttentionError(ValueError, AssertionError, RuntimeError):
@@ -106,13 +106,28 @@ def attention_masks(
     return {"keep": keep, "bias": bias, "causal": causal, "k_lengths": key_lengths}
 
 
+def may_look(x: Tensor) -> bool:
+    """Whether Python may choose by the numbers in x: they cost nothing, and the choice holds for this call alone.
+
+    Not on a GPU, which the host would wait for; not in what torch.compile, fake tensors or make_fx trace, nor in
+    torch.func's vmap, where there is no one answer.
+    """
+    return (
+        x.device.type == "cpu"
+        and type(x) in (Tensor, nn.Parameter)
+        and not torch.compiler.is_compiling()
+        and not torch._C._are_functorch_transforms_active()
+        and torch._C._len_torch_dispatch_stack() == 0
+    )
+
+
 def lengths_if_padded_right(keep: Tensor) -> Tensor | None:
     """(B,) int64 lengths if each row of `keep` (B, S) is True up to a length and False beyond, else None.
 
     Kernels skip what lies beyond a length, which a mask does not let them do. Asked on the CPU alone: elsewhere the
     answer would make the host wait for the device.
     """
-    if keep.device.type != "cpu" or torch.compiler.is_compiling():
+    if not may_look(keep):
         return None
     lengths = keep.sum(-1)
     below = torch.arange(keep.shape[1]) < lengths[:, None]
@@ -121,7 +136,7 @@ def lengths_if_padded_right(keep: Tensor) -> Tensor | None:
 
 def as_bool_if_hard(mask: Tensor) -> Tensor:
     """A float mask of only 0 and -inf (what nn.TransformerEncoder makes of a bool one) as bool again, on the CPU."""
-    if mask.device.type != "cpu" or mask.requires_grad or torch.compiler.is_compiling():
+    if mask.requires_grad or not may_look(mask):
         return mask
     ignored = mask == -torch.inf
     return ignored if bool((ignored | (mask == 0)).all()) else mask

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fused_transformer.masks import may_look
+
 
 @dataclass(frozen=True)
 class Packing:
@@ -60,7 +62,7 @@ def packing_if_worth_it(lengths: Tensor | None, x: Tensor) -> Packing | None:
 
     On the CPU alone: elsewhere the host would have to wait for the device to know T, the size of everything after.
     """
-    if lengths is None or x.device.type != "cpu" or torch.compiler.is_compiling():
+    if lengths is None or x.device.type != "cpu" or not may_look(lengths):
         return None
     batch, length = x.shape[:2]
     worth_it = 0 < int(lengths.sum()) < 0.95 * batch * length

@@ -8,13 +8,14 @@ import pickle
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.utils import parametrize, prune
 
 from fused_transformer import nn as ours_nn
 from fused_transformer.nn.parts import plain
 from tests.inputs import normal
 from tests.oracle import assert_equal
-from tests.transformer.nn_cases import B, E, F, H, L, S, assert_same_as_torch, make, padding, twins
+from tests.transformer.nn_cases import B, E, F, H, L, S, assert_same_as_torch, causal, make, padding, twins
 
 KINDS = ("encoder_layer", "decoder_layer", "encoder", "decoder", "transformer")
 
@@ -220,10 +221,31 @@ def test_compiled_equals_eager(kind, norm_first):
     expected = model(*inputs, **hidden)
     gradients = torch.autograd.grad(expected.square().sum(), inputs)
     torch._dynamo.reset()
-    compiled = torch.compile(model, backend="aot_eager")
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     got = compiled(*inputs, **hidden)
     torch.testing.assert_close(got, expected)
     torch.testing.assert_close(torch.autograd.grad(got.square().sum(), inputs), gradients)
+
+
+@pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")  # torch copies the layer with it
+@pytest.mark.parametrize(
+    "mask", [{"src_key_padding_mask": padding(7, 2, 5, size=L)}, {"mask": causal(L)}], ids=["padding", "causal"]
+)
+def test_nothing_is_decided_by_numbers_that_are_not_there(mask):
+    encoder, _ = twins("encoder")
+    encoder.skip_padding = True
+    src = normal(B, L, E)
+    expected = encoder(src, **mask)
+    with FakeTensorMode():
+        fake = make(ours_nn, "encoder")
+        fake.skip_padding = True
+        masks = {name: torch.empty(x.shape, dtype=x.dtype) for name, x in mask.items()}
+        assert fake(torch.empty(src.shape), **masks).shape == src.shape
+    on_meta = {name: x.to("meta") for name, x in mask.items()}
+    assert copy.deepcopy(encoder).to("meta")(src.to("meta"), **on_meta).shape == src.shape
+    (name,) = mask
+    two = torch.func.vmap(lambda x, m: encoder(x, **{name: m}))(src.expand(2, -1, -1, -1), mask[name].expand(2, -1, -1))
+    torch.testing.assert_close(two, expected.expand(2, -1, -1, -1))
 
 
 # ------------------------------------------------------------------ norms
