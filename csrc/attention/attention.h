@@ -52,7 +52,14 @@ struct Attention {
   float dropout_scale = 1.0f;
   uint64_t seed = 0;
 
-  float* scratch = nullptr;  // for each OpenMP thread what scratch.h says
+  float* scratch = nullptr;  // CPU: for each OpenMP thread what scratch.h says
+
+  // CUDA alone.
+  const uint64_t* seed_data = nullptr;         // instead of `seed`: one number in the kernel's memory
+  uint64_t* keep_bits = nullptr;               // uninitialised memory for keep_words() words, if there is `keep`
+  int multiprocessors = 1;                     // of the device
+  int64_t keep_bits_stride[4] = {0, 0, 0, 0};  // this and what follows: set by the launchers
+  bool vectors = false, bias_vectors = false;  // every row of every tensor, of bias, starts at a multiple of 16 bytes
 };
 
 struct AttentionForward : Attention {
@@ -63,9 +70,17 @@ struct AttentionForward : Attention {
 struct AttentionBackward : Attention {
   Rows out, dout, lse;
   Rows dq;                      // dtype
-  Rows dk, dv;                  // float32, zero on entry, D padded to a multiple of 16
+  Rows dk, dv;                  // CUDA: dtype. CPU: float32, zero on entry, D padded to a multiple of 16
   float* dbias_data = nullptr;  // float32, bias's own shape, zero on entry; nullptr: not wanted
   int64_t dbias_stride[4] = {0, 0, 0, 0};
+
+  // CUDA alone.
+  Rows statistics;  // uninitialised: two floats for each query, strided like lse
+  // dbias_data then holds dbias_parts times the bias's dbias_count elements, uninitialised (but 0 where the bias
+  // reaches beyond the longest sequence); blocks sum into them, and dbias_out, in bias_dtype and dense, is their sum.
+  void* dbias_out = nullptr;
+  int64_t dbias_count = 0;
+  int dbias_parts = 1;
 };
 
 struct AttentionWeights : Attention {
@@ -73,12 +88,19 @@ struct AttentionWeights : Attention {
   void* weights;  // (B, H, L, S) contiguous, dtype; written whole, 0 where masked
 };
 
-namespace cpu {
 constexpr int kMaxHeadWidth = 256;
+
+namespace cpu {
 
 void attention_forward(const AttentionForward& args);
 void attention_backward(const AttentionBackward& args);
 void attention_weights(const AttentionWeights& args);
 }  // namespace cpu
+
+namespace cuda {
+void attention_forward(const AttentionForward& args, void* stream);
+void attention_backward(const AttentionBackward& args, void* stream);
+void attention_weights(const AttentionWeights& args, void* stream);
+}  // namespace cuda
 
 }  // namespace fused

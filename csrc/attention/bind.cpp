@@ -1,5 +1,5 @@
 // Python's door to the attention kernels. A call's arguments travel as one tuple, in the order of `problem` in
-// kernels/attention/cpu.py, because pybind11 takes longer over thirty arguments than over one.
+// kernels/attention/native.py, because pybind11 takes longer over thirty arguments than over one.
 
 #include <omp.h>
 #include <pybind11/pybind11.h>
@@ -27,6 +27,7 @@ Scores scores(const py::handle& item) {  // (address, four strides)
   return {reinterpret_cast<const void*>(v[0]), {v[1], v[2], v[3], v[4]}};
 }
 
+// All but the seed, which lies where the kernel runs.
 void fill(Attention& args, const py::tuple& problem) {
   const auto sizes = problem[0].cast<std::array<int64_t, 6>>();
   args.B = sizes[0], args.H = sizes[1], args.Hk = sizes[2], args.L = sizes[3], args.S = sizes[4], args.D = sizes[5];
@@ -46,9 +47,68 @@ void fill(Attention& args, const py::tuple& problem) {
   args.dropout_p = problem[12].cast<float>();
   args.dropout_threshold = problem[13].cast<uint32_t>();
   args.dropout_scale = problem[14].cast<float>();
+}
+
+void fill_for_cpu(Attention& args, const py::tuple& problem, Address scratch) {
+  fill(args, problem);
   const auto seed = reinterpret_cast<const uint64_t*>(problem[15].cast<Address>());
   args.seed = seed == nullptr ? 0 : *seed;
+  args.scratch = reinterpret_cast<float*>(scratch);
 }
+
+void fill_backward(AttentionBackward& args, const py::tuple& saved, const py::tuple& gradients,
+                   const py::tuple& dbias) {
+  args.out = rows(saved[0]), args.dout = rows(saved[1]), args.lse = rows(saved[2]);
+  args.dq = rows(gradients[0]), args.dk = rows(gradients[1]), args.dv = rows(gradients[2]);
+  const Scores target = scores(dbias);
+  args.dbias_data = static_cast<float*>(const_cast<void*>(target.data));
+  for (int axis = 0; axis < 4; ++axis) args.dbias_stride[axis] = target.stride[axis];
+}
+
+#ifdef FUSED_WITH_CUDA
+// device: (address of the memory for keep's bits, multiprocessors of the device)
+void fill_for_cuda(Attention& args, const py::tuple& problem, const py::tuple& device) {
+  fill(args, problem);
+  args.seed_data = reinterpret_cast<const uint64_t*>(problem[15].cast<Address>());
+  args.keep_bits = reinterpret_cast<uint64_t*>(device[0].cast<Address>());
+  args.multiprocessors = device[1].cast<int>();
+}
+
+void register_on_cuda(py::module_& m) {
+  m.def("attention_forward_cuda", [](const py::tuple& problem, const py::tuple& device, const py::tuple& out,
+                                     const py::tuple& lse, Address stream) {
+    AttentionForward args;
+    fill_for_cuda(args, problem, device);
+    args.out = rows(out);
+    args.lse = rows(lse);
+    py::gil_scoped_release nogil;
+    cuda::attention_forward(args, reinterpret_cast<void*>(stream));
+  });
+  // dbias: (partial sums as a mask, their parts, elements of the bias, address of the gradient)
+  m.def("attention_backward_cuda",
+        [](const py::tuple& problem, const py::tuple& device, const py::tuple& saved, const py::tuple& gradients,
+           const py::tuple& statistics, const py::tuple& dbias, Address stream) {
+          AttentionBackward args;
+          fill_for_cuda(args, problem, device);
+          fill_backward(args, saved, gradients, dbias[0].cast<py::tuple>());
+          args.statistics = rows(statistics);
+          args.dbias_parts = dbias[1].cast<int>();
+          args.dbias_count = dbias[2].cast<int64_t>();
+          args.dbias_out = reinterpret_cast<void*>(dbias[3].cast<Address>());
+          py::gil_scoped_release nogil;
+          cuda::attention_backward(args, reinterpret_cast<void*>(stream));
+        });
+  m.def("attention_weights_cuda",
+        [](const py::tuple& problem, const py::tuple& device, const py::tuple& lse, Address weights, Address stream) {
+          AttentionWeights args;
+          fill_for_cuda(args, problem, device);
+          args.lse = rows(lse);
+          args.weights = reinterpret_cast<void*>(weights);
+          py::gil_scoped_release nogil;
+          cuda::attention_weights(args, reinterpret_cast<void*>(stream));
+        });
+}
+#endif
 
 }  // namespace
 
@@ -64,35 +124,31 @@ void register_attention(py::module_& m) {
       "Floats of scratch memory for \"forward\", \"backward\" or \"weights\" at head width D.");
   m.def("attention_forward", [](const py::tuple& problem, const py::tuple& out, const py::tuple& lse, Address scratch) {
     AttentionForward args;
-    fill(args, problem);
+    fill_for_cpu(args, problem, scratch);
     args.out = rows(out);
     args.lse = rows(lse);
-    args.scratch = reinterpret_cast<float*>(scratch);
     py::gil_scoped_release nogil;
     cpu::attention_forward(args);
   });
   m.def("attention_backward", [](const py::tuple& problem, const py::tuple& saved, const py::tuple& gradients,
                                  const py::tuple& dbias, Address scratch) {
     AttentionBackward args;
-    fill(args, problem);
-    args.out = rows(saved[0]), args.dout = rows(saved[1]), args.lse = rows(saved[2]);
-    args.dq = rows(gradients[0]), args.dk = rows(gradients[1]), args.dv = rows(gradients[2]);
-    const Scores target = scores(dbias);
-    args.dbias_data = static_cast<float*>(const_cast<void*>(target.data));
-    for (int axis = 0; axis < 4; ++axis) args.dbias_stride[axis] = target.stride[axis];
-    args.scratch = reinterpret_cast<float*>(scratch);
+    fill_for_cpu(args, problem, scratch);
+    fill_backward(args, saved, gradients, dbias);
     py::gil_scoped_release nogil;
     cpu::attention_backward(args);
   });
   m.def("attention_weights", [](const py::tuple& problem, const py::tuple& lse, Address weights, Address scratch) {
     AttentionWeights args;
-    fill(args, problem);
+    fill_for_cpu(args, problem, scratch);
     args.lse = rows(lse);
     args.weights = reinterpret_cast<void*>(weights);
-    args.scratch = reinterpret_cast<float*>(scratch);
     py::gil_scoped_release nogil;
     cpu::attention_weights(args);
   });
+#ifdef FUSED_WITH_CUDA
+  register_on_cuda(m);
+#endif
 }
 
 }  // namespace fused
