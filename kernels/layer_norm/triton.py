@@ -69,7 +69,7 @@ def backward(dy, dtotal, total, weight, mean, rstd, seed, dropout_p, rms, param_
     dx_bias, dweight, dbias = sums
 
     tile = triton_backward.backward_tile(cols, total.element_size())
-    parts = triton_backward.parts(rows, tile, _triton.multiprocessors(total.device))
+    parts = triton_backward.parts(rows, cols, tile, _triton.multiprocessors(total.device))
     partials = iter(total.new_empty(sum(wanted[2:]), parts, cols, dtype=torch.float32))
     dx_bias_partials, dweight_partials, dbias_partials = (next(partials) if want else None for want in wanted[2:])
 

@@ -39,13 +39,14 @@ def backward_tile(cols: int, itemsize: int) -> Tile:
     if width <= 4096:
         return Tile(1, width, 16)  # 8 warps took 140 registers
     if width <= HELD_COLUMNS:
-        return Tile(1, width, 8)  # 255 registers; 16 warps have 128, and spill
-    return Tile(4, 1024, 8)  # a block of columns
+        return Tile(1, width, 8)  # 255 registers (sm_100: and 32 bytes spilled); 16 warps have 128, and spill more
+    return Tile(2, 2048, 8)  # a block of columns: 16 elements of each a thread, as in narrow rows
 
 
-def parts(rows: int, tile: Tile, multiprocessors: int) -> int:
+def parts(rows: int, cols: int, tile: Tile, multiprocessors: int) -> int:
     """How many programs share the rows, which is how many partial sums there are; at least one, to write zeros."""
-    return max(1, min(triton.cdiv(rows, tile.rows), WARPS_PER_MULTIPROCESSOR // tile.warps * multiprocessors))
+    at_once = WARPS_PER_MULTIPROCESSOR // tile.warps * multiprocessors
+    return max(1, min(triton.cdiv(rows, tile.rows), at_once // triton.cdiv(cols, tile.cols)))
 
 
 def means_tile(cols: int) -> Tile:

@@ -32,19 +32,22 @@ def test_a_program_without_rows_writes_zeros(monkeypatch, device):
     assert_equal(results[1], results[0])
 
 
-@pytest.mark.parametrize("count", [1, 2, 3, 7])
-@pytest.mark.parametrize("cols", [300, 9000])
+@pytest.mark.parametrize("count", [1, 3, 7])
+@pytest.mark.parametrize("cols", [300, 8200])
 def test_any_number_of_programs_may_share_the_rows(cols, count, monkeypatch, device):
     monkeypatch.setattr(triton_backward, "parts", lambda *_: count)
     seed = torch.tensor([77], device=device)
-    assert_backend_matches(add_layer_norm_with_total, "triton", make(31, cols, device), dropout_p=0.2, seed=seed)
+    assert_backend_matches(add_layer_norm_with_total, "triton", make(11, cols, device), dropout_p=0.2, seed=seed)
 
 
 def test_there_are_no_more_partial_sums_than_programs_that_run_at_once():
     tile = triton_backward.backward_tile(512, 2)
-    assert triton_backward.parts(0, tile, 132) == 1  # one, to write zeros
-    assert triton_backward.parts(tile.rows + 1, tile, 132) == 2
-    assert triton_backward.parts(10**6, tile, 132) == 132 * 16 // tile.warps
+    assert triton_backward.parts(0, 512, tile, 132) == 1  # one, to write zeros
+    assert triton_backward.parts(tile.rows + 1, 512, tile, 132) == 2
+    assert triton_backward.parts(10**6, 512, tile, 132) == 132 * 16 // tile.warps
+    wide = triton_backward.backward_tile(65536, 2)
+    assert triton_backward.parts(10**6, 65536, wide, 132) * (65536 // wide.cols) <= 132 * 16 // wide.warps
+    assert triton_backward.parts(10**6, 10**7, wide, 132) == 1
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_id)
