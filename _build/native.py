@@ -108,7 +108,7 @@ def texts(source: Path, csrc: Path | None = None) -> list[str]:
         seen[path] = path.read_text(encoding="utf-8")
         for name in re.findall(r'^\s*#\s*include\s*"([^"]+)"', seen[path], re.MULTILINE):
             todo += [found for found in ((path.parent / name).resolve(), csrc / name) if found.is_file()]
-    return [f"{path.relative_to(csrc)}\n{seen[path]}" for path in sorted(seen)]
+    return [f"{os.path.relpath(path, csrc)}\n{seen[path]}" for path in sorted(seen)]
 
 
 def version_of(compiler: list[str]) -> str:

@@ -81,7 +81,7 @@ class Object:
 
     def target(self, folder: Path) -> Path:
         inside = self.csrc if self.source.is_relative_to(self.csrc) else self.source.parent
-        texts = native().texts(self.source, inside)
+        texts = native().texts(self.source, self.csrc)
         identity = [
             *compiler(),
             native().version_of(compiler()),

@@ -10,6 +10,7 @@ Compiled as the build does it, and where an install with nvcc has left its objec
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import re
@@ -73,6 +74,24 @@ def logs(op: str | None = None) -> dict[Path, str]:
 def builds(op: str | None = None) -> list[Build]:
     found = [build for source, log in logs(op).items() for build in parsed(source.parent.name, log)]
     return sorted(found, key=lambda build: build.key)
+
+
+def probe_log(source: Path, arch: str) -> str:
+    """What nvcc says of a source of the tests, which the build does not know."""
+    native = building.native()
+    flags = [*building.FLAGS[:1], "-O3", "-Xcompiler=-Wall,-Wextra", "-Xptxas=-v", f"-I{building.CSRC}"]
+    flags += [f"-gencode=arch=compute_{arch.removeprefix('sm_')},code={arch}"]
+    identity = [toolkit().version, *flags, *native.texts(source)]
+    folder = building.ROOT / "build" / "probes"
+    log = folder / f"{source.name}.{hashlib.sha256(' '.join(identity).encode()).hexdigest()[:16]}.log"
+    if not log.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        command = [str(toolkit().nvcc), *flags, "-c", str(source), "-o", os.devnull]
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+        if done.returncode:
+            raise RuntimeError(f"{source.name} does not compile for {arch}:\n{done.stdout[:8000]}")
+        log.write_text(done.stdout)
+    return log.read_text()
 
 
 def parsed(op: str, log: str) -> list[Build]:

@@ -2,14 +2,13 @@
 
 #include <cstdarg>
 #include <cstdio>
-#include <cstdlib>
-#include <cstring>
 #include <memory>
 #include <mutex>
 #include <string>
 #include <vector>
 
 #include "hopper.h"
+#include "schedule.h"
 #include "shared.h"
 #include "thread.h"
 #include "warp.h"
@@ -21,82 +20,8 @@ Position* position = nullptr;
 
 namespace {
 
-constexpr int kNamedBarriers = 16;
-
-// In the order of Kind.
-constexpr const char* kNames[] = {"running", "__syncthreads", "bar.sync", "__syncwarp", "__shfl_sync",
-                                  "a vote",  "ldmatrix",      "mma.sync", "mbarrier",   "wgmma"};
-
-const char* name(Kind kind) { return kNames[int(kind)]; }
-
-const char* file_name(const Where& where) {
-  const char* slash = std::strrchr(where.file, '/');
-  return slash ? slash + 1 : where.file;
-}
-
 // Thrown into the threads that still wait when another has failed, so that their stacks unwind.
 struct Cancelled {};
-
-// ---------------------------------------------------------------- order
-
-enum class Order { forward, backward, shuffled };
-
-Order order;
-bool last_first;  // who became ready last runs next
-uint64_t random_state;
-
-void read_order() {
-  const char* text = std::getenv("EMU_ORDER");
-  const std::string asked = text && *text ? text : "fwd";
-  order = Order::forward;
-  last_first = asked == "lifo" || asked == "revlifo";
-  if (asked.rfind("rand:", 0) == 0) {
-    order = Order::shuffled;
-    random_state = std::strtoull(asked.c_str() + 5, nullptr, 10) * 2 + 1;
-  } else if (asked == "rev" || asked == "revlifo") {
-    order = Order::backward;
-  } else if (asked != "fwd" && asked != "lifo") {
-    throw Error("EMU_ORDER must be fwd, rev, rand:SEED, lifo or revlifo, got " + asked);
-  }
-  const char* async = std::getenv("EMU_ASYNC");
-  const std::string when = async && *async ? async : "lazy";
-  if (when != "lazy" && when != "eager") throw Error("EMU_ASYNC must be lazy or eager, got " + when);
-  block.lazy = when == "lazy";
-}
-
-// Threads that can run, in the order in which they will.
-class Ready {
- public:
-  void clear() { first_ = count_ = 0; }
-  bool empty() const { return count_ == 0; }
-
-  void push(int linear) {
-    int at = (first_ + count_) % kMaxThreads;
-    if (last_first) at = first_ = (first_ + kMaxThreads - 1) % kMaxThreads;
-    queue_[at] = linear;
-    ++count_;
-    if (order == Order::shuffled) std::swap(queue_[at], queue_[(first_ + int(draw(unsigned(count_)))) % kMaxThreads]);
-  }
-
-  int pop() {
-    const int linear = queue_[first_];
-    first_ = (first_ + 1) % kMaxThreads;
-    --count_;
-    return linear;
-  }
-
- private:
-  int queue_[kMaxThreads];
-  int first_ = 0, count_ = 0;
-};
-
-Ready ready;
-
-// f(i) for 0 ... count - 1, backwards if that is the order.
-template <class F>
-void in_order(int count, const F& f) {
-  for (int i = 0; i < count; ++i) f(order == Order::backward ? count - 1 - i : i);
-}
 
 // ---------------------------------------------------------------- threads
 
@@ -115,9 +40,7 @@ void (*kernel_body)(void*);
 void* kernel_argument;
 std::string error;  // the first of this launch
 bool cancelling;
-Rendezvous barriers[kNamedBarriers];  // 0 is that of __syncthreads
-int votes_at_barrier[2];              // in barrier 0, of even and odd generations
-Clock launched, ended;                // what the host did before the launch, what the threads did before it ended
+Clock launched, ended;  // what the host did before the launch, what the threads did before it ended
 
 void record(const std::string& what) {
   if (error.empty()) error = what;
@@ -149,11 +72,6 @@ void live() {
     running().done = true;
     Fiber::pause();
   }
-}
-
-void pause() {
-  Fiber::pause();
-  if (cancelling) throw Cancelled();
 }
 
 void resume(Thread& next) {
@@ -192,7 +110,7 @@ int start_threads() {
 }
 
 void run_block(size_t shared_bytes) {
-  for (Rendezvous& barrier : barriers) barrier = {0, block.threads};
+  begin_barriers();
   begin_shared(shared_bytes);
   begin_warps();
   begin_hopper();
@@ -236,76 +154,16 @@ void fail(const char* format, ...) {
   throw Error(here() + text);
 }
 
-unsigned draw(unsigned bound) {
-  random_state = random_state * 6364136223846793005ull + 1442695040888963407ull;
-  return unsigned(random_state >> 33) % bound;
-}
-
-bool is_shuffled() { return order == Order::shuffled; }
-
-void sleep(const Rendezvous& at, const Call& call) {
-  running().call = call;
-  running().waits_at = &at;
-  pause();
-}
-
-void wake(const Rendezvous& at) {
-  const int count = std::min(at.count, block.threads - at.first);
-  in_order(count, [&](int i) {
-    Thread& t = thread_of_block(at.first + i);
-    if (t.waits_at != &at) return;
-    t.waits_at = nullptr;
-    ready.push(t.linear);
-  });
-}
-
-bool arrive(Rendezvous& at, int expected, const Call& call) {
-  if (at.arrived == 0) {
-    at.call = call;
-  } else if (at.call.kind != call.kind || at.call.key != call.key || at.call.where.line != call.where.line ||
-             std::strcmp(at.call.where.file, call.where.file) != 0) {
-    fail("divergent: it is in %s at %s:%d, and others of its group in %s at %s:%d (keys %llx and %llx)",
-         name(call.kind), file_name(call.where), call.where.line, name(at.call.kind), file_name(at.call.where),
-         at.call.where.line, static_cast<unsigned long long>(call.key), static_cast<unsigned long long>(at.call.key));
-  }
-  running().call = call;
-  running().waits_at = &at;
-  return ++at.arrived == expected;
-}
-
-void leave(Rendezvous& at, bool was_last, bool orders_memory) {
-  Clock& clock = at.clock[at.generation & 1];
-  if (was_last) {
-    at.arrived = 0;
-    ++at.generation;
-    wake(at);
-  }
-  pause();
-  if (orders_memory) observe(clock);
-}
-
-void sync_block(const Where& where) { meet(barriers[0], block.threads, {Kind::syncthreads, 0, where}, true); }
-
-int count_votes(bool vote, const Where& where) {
-  Rendezvous& at = barriers[0];
-  int& votes = votes_at_barrier[at.generation & 1];  // nobody is left who might read those of two generations ago
-  if (at.arrived == 0) votes = 0;
-  votes += vote;
-  meet(at, block.threads, {Kind::syncthreads, 1, where}, true);
-  return votes;
-}
-
-void sync_named(int barrier, int threads, const Where& where) {
-  if (barrier < 0 || barrier >= kNamedBarriers) fail("there is no barrier %d", barrier);
-  if (threads % kLanes != 0 || threads < kLanes) fail("bar.sync for %d threads, which are no whole warps", threads);
-  meet(barriers[barrier], threads, {Kind::barrier, uint64_t(threads), where}, true);
+void pause_thread() {
+  Fiber::pause();
+  if (cancelling) throw Cancelled();
 }
 
 void run_grid(dim3 grid, dim3 size, size_t shared_bytes, void (*body)(void*), void* argument) {
   static std::mutex one_at_a_time;
   const std::lock_guard<std::mutex> lock(one_at_a_time);
   check_launch(grid, size, shared_bytes);
-  read_order();
+  read_schedule();
   kernel_body = body;
   kernel_argument = argument;
   error.clear();
@@ -315,7 +173,7 @@ void run_grid(dim3 grid, dim3 size, size_t shared_bytes, void (*body)(void*), vo
   publish(launched);
   const uint64_t count = uint64_t(grid.x) * grid.y * grid.z;
   for (uint64_t i = 0; i < count && error.empty(); ++i) {
-    const uint64_t at = order == Order::backward ? count - 1 - i : i;
+    const uint64_t at = is_backward() ? count - 1 - i : i;
     block.index = {unsigned(at % grid.x), unsigned(at / grid.x % grid.y), unsigned(at / grid.x / grid.y)};
     threads = &sets[i % kSets];
     while (threads->size() < size_t(block.threads)) threads->push_back(std::make_unique<Thread>());

@@ -60,8 +60,10 @@ extern Position* position;  // of the thread that runs now
 void sync_block(const Where& where);
 int count_votes(bool vote, const Where& where);
 
-// bar.sync: `threads` threads of the block meet at one of 16 barriers, of which 0 is that of sync_block.
+// bar.sync and bar.arrive: `threads` threads of the block come to one of 16 barriers, of which 0 is that of sync_block;
+// those that only arrive do not wait.
 void sync_named(int barrier, int threads, const Where& where);
+void arrive_named(int barrier, int threads, const Where& where);
 
 void run_grid(dim3 grid, dim3 size, size_t shared_bytes, void (*body)(void*), void* argument);
 

@@ -143,4 +143,29 @@ void Fiber::count_as_host([[maybe_unused]] bool host) {
 #endif
 }
 
+Agent::Agent() {
+#if defined(EMU_TSAN)
+  tsan_fiber_ = __tsan_create_fiber(0);
+#endif
+}
+
+Agent::~Agent() {
+#if defined(EMU_TSAN)
+  __tsan_destroy_fiber(tsan_fiber_);
+#endif
+}
+
+void Agent::begin() {
+#if defined(EMU_TSAN)
+  interrupted_ = __tsan_get_current_fiber();
+  __tsan_switch_to_fiber(tsan_fiber_, __tsan_switch_to_fiber_no_sync);
+#endif
+}
+
+void Agent::end() {
+#if defined(EMU_TSAN)
+  __tsan_switch_to_fiber(interrupted_, __tsan_switch_to_fiber_no_sync);
+#endif
+}
+
 }  // namespace emu

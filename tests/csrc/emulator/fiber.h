@@ -39,6 +39,29 @@ class Fiber {
   void* tsan_fiber_ = nullptr;
 };
 
+// Hardware that works beside the threads of a block. What it touches inside act() is its own doing to TSan, ordered
+// with what threads do by publish() and observe() alone.
+class Agent {
+ public:
+  Agent();
+  Agent(const Agent&) = delete;
+  ~Agent();
+
+  template <class F>
+  void act(const F& f) {
+    begin();
+    f();
+    end();
+  }
+
+ private:
+  void begin();
+  void end();
+
+  void* tsan_fiber_ = nullptr;
+  void* interrupted_ = nullptr;
+};
+
 template <class F>
 void Fiber::as_host(const F& f) {
   count_as_host(true);

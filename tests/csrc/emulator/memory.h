@@ -10,6 +10,5 @@ namespace emu {
 void copy_with_zeros(void* to, const void* from, int bytes, int valid_bytes);
 
 uint16_t read_half(const void* from);
-void write_zeros(void* to, int bytes);
 
 }  // namespace emu

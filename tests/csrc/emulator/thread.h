@@ -62,8 +62,12 @@ inline void meet(Rendezvous& at, int expected, const Call& call, bool orders_mem
 void sleep(const Rendezvous& at, const Call& call);
 void wake(const Rendezvous& at);
 
-// A number below `bound`, from EMU_ORDER's seed.
-unsigned draw(unsigned bound);
-bool is_shuffled();
+// Back to the scheduler; who goes on after another thread has failed throws, so that its stack unwinds.
+void pause_thread();
+
+void begin_barriers();  // of a block
+
+const char* name(Kind kind);
+const char* file_name(const Where& where);
 
 }  // namespace emu

@@ -24,7 +24,7 @@ struct Shuffled {
 }  // namespace
 
 void begin_warps() {
-  warps.resize(size_t((block.threads + kLanes - 1) / kLanes));
+  warps = std::vector<Warp>(size_t((block.threads + kLanes - 1) / kLanes));  // new memory: see run_block
   for (size_t w = 0; w < warps.size(); ++w)
     for (Rendezvous& at : warps[w].rendezvous) at = {int(w) * kLanes, kLanes};
 }
