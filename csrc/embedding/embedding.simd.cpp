@@ -23,7 +23,9 @@ FT_INLINE int64_t token_at(const void* tokens, bool wide, int64_t n) {
   return wide ? static_cast<const int64_t*>(tokens)[n] : static_cast<const int32_t*>(tokens)[n];
 }
 
-FT_INLINE RowDropout row_dropout_of(const EmbeddingDropout& d) { return {d.seed, d.threshold, d.keep_scale}; }
+FT_INLINE RowDropout row_dropout_of(const EmbeddingDropout& d) {
+  return {d.seed ? uint64_t(*d.seed) : 0, d.threshold, d.keep_scale};
+}
 
 FT_INLINE int smaller(int64_t a, int b) { return a < b ? int(a) : b; }
 
@@ -147,9 +149,9 @@ void embedding_forward_rows(const EmbeddingForward& a) {
   dispatch(a.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
     if (a.positions != nullptr) {
-      a.dropout.active ? forward_rows<T, true, true>(a) : forward_rows<T, true, false>(a);
+      a.dropout.seed != nullptr ? forward_rows<T, true, true>(a) : forward_rows<T, true, false>(a);
     } else {
-      a.dropout.active ? forward_rows<T, false, true>(a) : forward_rows<T, false, false>(a);
+      a.dropout.seed != nullptr ? forward_rows<T, false, true>(a) : forward_rows<T, false, false>(a);
     }
   });
 }
@@ -157,7 +159,7 @@ void embedding_forward_rows(const EmbeddingForward& a) {
 void embedding_backward_rows(const EmbeddingBackward& a) {
   dispatch(a.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
-    a.dropout.active ? backward_rows<T, true>(a) : backward_rows<T, false>(a);
+    a.dropout.seed != nullptr ? backward_rows<T, true>(a) : backward_rows<T, false>(a);
   });
 }
 

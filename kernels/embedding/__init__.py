@@ -74,8 +74,8 @@ def embedding(
         (*tokens.shape, E) of table's dtype. Differentiable in table; the gradient is dense.
 
     Raises:
-        IndexError: a token is outside the vocabulary: the sentence says which, and where. A backend that would have to
-            wait for the GPU to know ("triton" on one) makes that token's row NaN instead, and gives it no gradient.
+        IndexError: a token is outside the vocabulary: the sentence says which, and where. On a GPU, where
+            looking would wait for it, "cuda" and "triton" make that token's row NaN instead, and give it no gradient.
         ValueError: shapes, dtypes or devices do not fit, or a position is negative; the sentence says which.
         TypeError: tokens or table is no tensor.
         NotImplementedError: a backend was forced that refuses these arguments.

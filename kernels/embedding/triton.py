@@ -2,24 +2,18 @@
 
 triton_forward.py and triton_backward.py hold the kernels, and say how the work is cut and what bounds it.
 
-A token outside the vocabulary: to raise IndexError the host would have to wait for the GPU at every call. So there its
-row of the output is NaN (where dropout leaves anything), which no loss survives unseen, it gives no gradient, and no
-memory outside the table is read or written. (torch's own embedding fails a device-side assertion, after which the
-process can't use the GPU any more.) In the interpreter, on CPU tensors, it is an IndexError as in the other backends.
+device.py says what becomes of a token outside the vocabulary.
 """
 
 from __future__ import annotations
 
-from functools import cache
-
 import torch
 import triton
-from torch import Tensor
 
 from fused_transformer.kernels import _triton
 from fused_transformer.kernels.embedding import triton_backward, triton_forward
-from fused_transformer.kernels.embedding.errors import bad_token
-from fused_transformer.kernels.embedding.positions import Positions, cached_table, column_waves
+from fused_transformer.kernels.embedding.device import check_tokens, chunk_of, position_source
+from fused_transformer.kernels.embedding.positions import Positions
 
 
 def refuses(tokens, table, positions, scale, padding_idx, dropout_p, seed) -> str | None:
@@ -31,14 +25,8 @@ def forward(tokens, table, positions: Positions | None, scale, padding_idx, drop
     out = table.new_empty(*tokens.shape, width)
     if out.numel() == 0:
         return out
-    if tokens.device.type == "cpu":
-        _check(tokens, vocabulary)
-    rows = waves = None
-    if positions is not None:
-        if positions.end is not None:
-            rows = cached_table(positions.layout, width, positions.end, tokens.device)
-        if rows is None:
-            waves = _waves(positions.layout, width, tokens.device)
+    check_tokens(tokens, vocabulary)
+    rows, waves = position_source(positions, tokens, width)
     block_m, block_n = triton_forward.tile(width)
     count = tokens.numel()
     with _triton.current(table):
@@ -61,7 +49,7 @@ def backward(dout, tokens, vocabulary, scale, padding_idx, dropout_p, seed):
         return dtable
     dout = dout.reshape(count, width)
     ordered, order = torch.sort(tokens.flatten(), stable=True)
-    chunk = triton_backward.chunk_of(count)
+    chunk = chunk_of(count)
     chunks = triton.cdiv(count, chunk)
     partial = dout.new_empty(2, chunks, width, dtype=torch.float32)
     with _triton.current(dout):
@@ -83,15 +71,3 @@ def backward(dout, tokens, vocabulary, scale, padding_idx, dropout_p, seed):
                 num_warps=triton_backward.MERGE_WARPS,
             )
     return dtable
-
-
-def _check(tokens: Tensor, vocabulary: int) -> None:
-    outside = (tokens < 0) | (tokens >= vocabulary)
-    if outside.any():
-        raise bad_token(tokens, int(outside.flatten().nonzero()[0]), vocabulary)
-
-
-@cache
-def _waves(layout: str, width: int, device: torch.device) -> Tensor:
-    with torch.inference_mode(False):
-        return column_waves(layout, width, device)

@@ -12,8 +12,6 @@ element of the partial sums, at most two rows a chunk; bound by memory, or by th
 
 from __future__ import annotations
 
-import math
-
 import triton
 import triton.language as tl
 
@@ -22,18 +20,12 @@ from fused_transformer.kernels import _triton
 RUN_WARPS, RUN_ELEMENTS = 4, 4096  # 32 elements a thread; most runs of natural text are shorter than 8 rows of 512
 MERGE_TILE = (16, 128)  # partial sums are float32: whole cache lines, and many programs for a long run
 MERGE_WARPS = 4
-SMALLEST_CHUNK = 32
 
 
 def run_tile(width: int) -> tuple[int, int]:
     """Rows and columns of the tile in which a program sums a run."""
     cols = min(512, max(16, triton.next_power_of_2(width)))
     return min(64, RUN_ELEMENTS // cols), cols
-
-
-def chunk_of(count: int) -> int:
-    """Tokens a chunk, a power of two: near √count / 2, so that neither a chunk nor the chunks of a run take long."""
-    return max(SMALLEST_CHUNK, triton.next_power_of_2(math.isqrt(count) // 2))
 
 
 @triton.jit

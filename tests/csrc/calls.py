@@ -13,7 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_transformer.kernels import add_layer_norm_with_total, add_rms_norm_with_total, layer_norm, rms_norm
+from fused_transformer.kernels import (
+    add_layer_norm_with_total,
+    add_rms_norm_with_total,
+    embedding,
+    layer_norm,
+    rms_norm,
+)
 from tests.inputs import as_offset, as_strided, normal
 
 Call = tuple[Callable, dict[str, Tensor], dict[str, Any]]
@@ -47,6 +53,31 @@ def layer_norm_calls() -> Iterator[tuple[str, Call]]:
     yield "no_rows", (layer_norm, {"x": normal(0, 96), "weight": normal(96), "bias": normal(96)}, {})
 
 
+def embedding_calls() -> Iterator[tuple[str, Call]]:
+    seed = torch.tensor([2**40 + 17])
+    dropout = {"dropout_p": 0.3, "seed": seed}
+    tokens = torch.randint(0, 20, (3, 7))
+    # vocabulary, columns, dtype: beyond 512 columns there is a second strip (csrc/embedding/forward.cu)
+    sizes = {
+        "a_vector_at_a_time": (20, 200, BF16),
+        "two_strips": (20, 1032, F16),
+        "one_element_at_a_time": (20, 67, F32),
+        "two_strips_of_elements": (20, 515, F32),
+    }
+    for name, (vocabulary, cols, dtype) in sizes.items():
+        tensors = {"tokens": tokens, "table": normal(vocabulary, cols, dtype=dtype)}
+        yield name, (embedding, tensors, {"padding_idx": 3, "start": 5, **dropout})
+    tensors = {"tokens": tokens.int(), "table": as_strided(normal(20, 40))}
+    yield "a_strided_table_and_starts", (embedding, tensors, {"start": torch.tensor([9, 0, 200])})
+    tensors = {"tokens": tokens, "table": normal(20, 40, dtype=BF16)}
+    yield "positions_too_far_out_for_a_table", (embedding, tensors, {"start": torch.tensor([9, 10**8, 200])})
+    # runs of equal tokens are cut at every 32: one that begins and ends within others' chunks, and one over many
+    runs = torch.cat([torch.full((count,), token) for token, count in enumerate((5, 40, 3, 330, 1, 70))])
+    tensors = {"tokens": runs[torch.randperm(len(runs))], "table": normal(6, 36, dtype=BF16)}
+    yield "runs_over_chunks", (embedding, tensors, {"positions": None, **dropout})
+
+
 CALLS: dict[str, Callable[[], Iterator[tuple[str, Call]]]] = {
+    "embedding": embedding_calls,
     "layer_norm": layer_norm_calls,
 }

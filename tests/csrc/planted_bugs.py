@@ -23,6 +23,10 @@ def layer_norm(name: str, file: str, right: str, wrong: str) -> Bug:
     return Bug("layer_norm", name, file, right, wrong)
 
 
+def embedding(name: str, file: str, right: str, wrong: str) -> Bug:
+    return Bug("embedding", name, f"embedding/{file}", right, wrong)
+
+
 REDUCE, FORWARD, BACKWARD = "common/reduce.cuh", "layer_norm/forward.cu", "layer_norm/backward.cu"
 
 BUGS: tuple[Bug, ...] = (
@@ -151,5 +155,65 @@ BUGS: tuple[Bug, ...] = (
         BACKWARD,
         "row < args.M;\n       row += int64_t(gridDim.x) * kRows",
         "row < args.M - 1;\n       row += int64_t(gridDim.x) * kRows",
+    ),
+    embedding(
+        "a row beyond the last",
+        "forward.cu",
+        "if (n >= args.N) return;",
+        "if (n > args.N) return;",
+    ),
+    embedding(
+        "a load of the table beyond the row's end",
+        "forward.cu",
+        "if (col < args.E && !is_padding) load_row",
+        "if (!is_padding) load_row",
+    ),
+    embedding(
+        "the second half of the columns takes the first's positions",
+        "forward.cu",
+        "add_position<kVec, kComputed>(args, position, col, x[step]);",
+        "add_position<kVec, kComputed>(args, position, first, x[step]);",
+    ),
+    embedding(
+        "the table's alignment is not looked at",
+        "forward.cu",
+        " && is_vector_aligned<T>(args.table, args.table_stride)",
+        "",
+    ),
+    embedding(
+        "an eighth of a turn too much",
+        "device_sine.cuh",
+        "floor(angle * kTwoOverPi + 0.5)",
+        "floor(angle * kTwoOverPi + 1.0)",
+    ),
+    embedding(
+        "one token too many in a chunk",
+        "backward.cu",
+        "const bool is_same = mine < end &&",
+        "const bool is_same = mine <= end &&",
+    ),
+    embedding(
+        "lanes beyond the columns leave the warp early",
+        "backward.cu",
+        "  float sum[kVec] = {};\n  sum_run",
+        "  if (col >= args.E) return;\n  float sum[kVec] = {};\n  sum_run",
+    ),
+    embedding(
+        "two parts of a run are written to one row",
+        "backward.cu",
+        "(number + (began_before ? 0 : chunks_of(args)))",
+        "(number + chunks_of(args))",
+    ),
+    embedding(
+        "no barrier before the slices are added",
+        "backward.cu",
+        "  shared[slice * kWarp + lane] = sum;\n  __syncthreads();",
+        "  shared[slice * kWarp + lane] = sum;",
+    ),
+    embedding(
+        "the run's next chunk is not looked at",
+        "backward.cu",
+        "      if (token_at(args, other * args.chunk) != token) break;\n",
+        "",
     ),
 )
