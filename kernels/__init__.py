@@ -6,6 +6,11 @@ Letters used in every signature, docstring and kernel of this package:
     V vocabulary · M, N rows and columns of a row-wise op · T tokens of a packed batch
 
 Masks have one meaning on this floor: `keep`, True = attend.
+
+Under torch.compile, torch.export and torch.func, and for meta and fake tensors, an op is one operator of torch,
+torch.ops.fused_transformer.<name>, which computes what the eager call does (_compile.py): no graph break, one graph for
+all batch sizes and lengths. vmap calls it for each example; forward-mode and second derivatives are errors. Under
+torch.autocast dtypes are those that torch's own functions would give (_autocast.py).
 """
 
 from fused_transformer.kernels._dispatch import BACKENDS, OPS, observe, use_backend

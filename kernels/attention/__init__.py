@@ -108,7 +108,8 @@ def attention(
         seed: (1,) int64 on q's device; the mask is a function of it alone. Default: drawn from torch's generator.
 
     Returns:
-        q's shape, dtype and device. A query with nothing to attend to gives 0, with gradients 0.
+        q's shape, dtype and device. A query with nothing to attend to gives 0, with gradients 0. Under torch.autocast
+        q, k and v are taken in its dtype, as scaled_dot_product_attention takes them; the bias is as it is.
 
     Raises:
         ValueError: shapes, dtypes or devices do not fit; the sentence says which.

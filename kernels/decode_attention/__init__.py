@@ -53,7 +53,7 @@ def decode_attention(
         scale: default 1 / √D.
 
     Returns:
-        q's shape, dtype and device. A query without keys gives 0.
+        q's shape, dtype and device. A query without keys gives 0. Under torch.autocast q is taken in the cache's dtype.
 
     Raises:
         ValueError: shapes, dtypes or devices do not fit, a length or row is out of its range, or a gradient is asked

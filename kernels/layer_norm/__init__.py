@@ -65,7 +65,8 @@ def layer_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = No
         eps: added to the variance, at least 0.
 
     Returns:
-        (..., N), contiguous, the dtype and device of x.
+        (..., N), contiguous, the dtype and device of x. Under torch.autocast 16-bit inputs on a GPU are taken as
+        float32, and the result is float32, as torch's norms do; on a CPU autocast changes nothing, as there.
 
     Raises:
         TypeError: an argument is not a tensor.
@@ -120,6 +121,7 @@ def add_layer_norm(
 
     Returns:
         y: x's shape, dtype and device; contiguous. Without a gradient to come, total is never written to memory.
+            Under torch.autocast as `layer_norm`: in a model whose embedding is float32 so is the stream of residuals.
 
     Raises:
         TypeError: an argument is not a tensor.
