@@ -43,7 +43,7 @@ class FuseReport:
         return "\n".join(lines)
 
 
-def fuse(model: nn.Module, *, keep: Iterable[str] = (), skip_padding: bool | None = None) -> FuseReport:
+def fuse(model: nn.Module, *, keep: Iterable[str] = (), skip_padding: bool = False) -> FuseReport:
     """Swap torch.nn's modules inside `model` (and the model itself) for ours, in place.
 
     MultiheadAttention, LayerNorm, RMSNorm, TransformerEncoderLayer, TransformerDecoderLayer, TransformerEncoder,
@@ -60,8 +60,8 @@ def fuse(model: nn.Module, *, keep: Iterable[str] = (), skip_padding: bool | Non
         model: any module, compiled or not.
         keep: names of modules to leave alone with all that is in them, as named_modules gives them; "*" matches
             anything: ("decoder", "*.norm1").
-        skip_padding: of the encoders and decoders swapped, see `fused_transformer.nn.TransformerEncoder`; None: torch's
-            contract.
+        skip_padding: let the encoders and decoders swapped work on the real tokens alone, on a CPU; rows of padding
+            come out as 0 then. See `fused_transformer.nn.TransformerEncoder`.
 
     Returns:
         The report; print it.
@@ -79,8 +79,8 @@ def fuse(model: nn.Module, *, keep: Iterable[str] = (), skip_padding: bool | Non
             continue
         adopt(module)
         setattr(module, MARK, True)
-        if skip_padding is not None and isinstance(module, (TransformerEncoder, TransformerDecoder)):
-            module.skip_padding = skip_padding
+        if skip_padding and isinstance(module, (TransformerEncoder, TransformerDecoder)):
+            module.skip_padding = True
         swapped.append(Part(name, type(module).__name__))
     kept += [Part(name, type(m).__name__, "no class of torch.nn") for name, m in _look_alikes(model)]
     return FuseReport(tuple(swapped), tuple(kept))

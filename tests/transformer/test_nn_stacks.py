@@ -9,6 +9,8 @@ import torch
 from torch import nn
 
 from fused_transformer import nn as ours_nn
+from fused_transformer import packing
+from fused_transformer.nn import stacks
 from tests.inputs import normal
 from tests.oracle import assert_equal
 from tests.transformer.nn_cases import (
@@ -172,54 +174,44 @@ def encoders(**options):
     return ours, theirs
 
 
-@pytest.mark.parametrize("lengths", [(9, 1, 4), (9, 9, 8), (9, 9, 9), (9, 0, 4), (0, 0, 0)])
-@pytest.mark.parametrize("form", [lambda mask: mask, as_float], ids=["bool", "float"])
-def test_where_torch_may_skip_padding_its_rows_are_zero_in_every_mode(lengths, form):
-    ours, theirs = encoders()
-    src, hidden = normal(B, S, E), padding(*lengths, size=S)
-    out = in_every_mode(ours, src, src_key_padding_mask=form(hidden))
-    assert_equal(out[hidden], torch.zeros(int(hidden.sum()), E))
-    with one_path_in_torch():
-        expected = theirs(src, src_key_padding_mask=form(hidden))
-    torch.testing.assert_close(out[~hidden], expected[~hidden])
-
-
-@pytest.mark.parametrize(
-    "hidden", [padding(9, 1, 4, size=S).flip(1), torch.eye(B, S, dtype=torch.bool)], ids=["left", "holes"]
-)
-def test_rows_of_other_masks_are_computed(hidden):
-    ours, theirs = encoders()
-    src = normal(B, S, E)
-    with one_path_in_torch():
-        expected = theirs(src, src_key_padding_mask=hidden)
-    torch.testing.assert_close(in_every_mode(ours, src, src_key_padding_mask=hidden), expected)
-
-
-def test_rows_hidden_by_a_soft_mask_are_computed():
-    ours, theirs = encoders()
-    src, soft = normal(B, S, E), as_float(padding(9, 1, 4, size=S))
-    soft[0, 0] = 0.5
-    with one_path_in_torch():
-        expected = theirs(src, src_key_padding_mask=soft)
-    torch.testing.assert_close(in_every_mode(ours, src, src_key_padding_mask=soft), expected)
+HIDDEN = {
+    "right": padding(9, 1, 4, size=S),
+    "right_float": as_float(padding(9, 1, 4, size=S)),
+    "left": padding(9, 1, 4, size=S).flip(1),
+    "holes": torch.eye(B, S, dtype=torch.bool),
+    "soft": as_float(padding(9, 1, 4, size=S)) + 0.5 * torch.eye(B, S),
+}
 
 
 @pytest.mark.filterwarnings("ignore:enable_nested_tensor is True")
-@pytest.mark.parametrize(
-    "case",
-    [{"norm_first": True}, {"batch_first": False}, {"bias": False}, {"mask": causal(S)}, {"is_causal": True}],
-    ids=str,
-)
-def test_where_torch_never_skips_padding_its_rows_are_computed(case):
-    call = {name: case[name] for name in ("mask", "is_causal") if name in case}
-    ours, theirs = encoders(**{name: case[name] for name in case if name not in call})
-    src, hidden = normal(B, S, E), padding(9, 1, 4, size=S)
-    if case.get("batch_first") is False:
-        src = src.transpose(0, 1)
-    their_call = {"mask": causal(S)} if call else {}
+@pytest.mark.parametrize("hidden", HIDDEN)
+@pytest.mark.parametrize("norm_first", [False, True])
+def test_rows_that_are_hidden_as_keys_are_computed_in_every_mode(norm_first, hidden):
+    ours, theirs = encoders(norm_first=norm_first)
+    src = normal(B, S, E)
     with one_path_in_torch():
-        expected = theirs(src, src_key_padding_mask=hidden, **their_call)
-    torch.testing.assert_close(in_every_mode(ours, src, src_key_padding_mask=hidden, **call), expected)
+        expected = theirs(src, src_key_padding_mask=HIDDEN[hidden])
+    torch.testing.assert_close(in_every_mode(ours, src, src_key_padding_mask=HIDDEN[hidden]), expected)
+
+
+@pytest.mark.parametrize("hidden", ["left", "holes", "soft"])
+def test_skip_padding_leaves_rows_that_are_no_padding_on_the_right(hidden):
+    ours, _ = encoders()
+    src = normal(B, S, E)
+    expected = ours(src, src_key_padding_mask=HIDDEN[hidden])
+    ours.skip_padding = True
+    torch.testing.assert_close(in_every_mode(ours, src, src_key_padding_mask=HIDDEN[hidden]), expected)
+
+
+@pytest.mark.parametrize("lengths", [(9, 0, 4), (0, 0, 0), (9, 9, 9)])
+@pytest.mark.parametrize("form", [lambda mask: mask, as_float], ids=["bool", "float"])
+def test_skip_padding_with_empty_sequences(lengths, form):
+    ours, _ = encoders()
+    src, hidden = normal(B, S, E), padding(*lengths, size=S)
+    expected = ours(src, src_key_padding_mask=form(hidden))
+    ours.skip_padding = True
+    out = in_every_mode(ours, src, src_key_padding_mask=form(hidden))
+    torch.testing.assert_close(out, expected.masked_fill(hidden[..., None], 0))
 
 
 @pytest.mark.filterwarnings("ignore:enable_nested_tensor is True")
@@ -263,6 +255,35 @@ def test_skip_padding_zeroes_the_rows_of_a_decoder(norm_first, batch_first, mask
     torch.testing.assert_close(out[~rows], expected[~rows])
 
 
+@pytest.mark.filterwarnings("ignore:enable_nested_tensor is True")
+@pytest.mark.parametrize(
+    "form", [lambda mask: mask, lambda mask: mask.clone(), as_float], ids=["same", "equal", "float"]
+)
+@pytest.mark.parametrize("batch_first", [True, False])
+@pytest.mark.parametrize("norm_first", [True, False])
+def test_a_transformer_skips_padding_that_nobody_reads(monkeypatch, norm_first, batch_first, form):
+    ours, theirs = twins("transformer", norm_first=norm_first, batch_first=batch_first)
+    src, tgt = (normal(B, S, E), normal(B, L, E)) if batch_first else (normal(S, B, E), normal(L, B, E))
+    options = {"src_key_padding_mask": form(SOURCE_PADDING), "memory_key_padding_mask": form(SOURCE_PADDING)}
+    packings, look = [], packing.packing_if_worth_it
+
+    def looking(*arguments):
+        packings.append(look(*arguments))
+        return packings[-1]
+
+    monkeypatch.setattr(stacks, "packing_if_worth_it", looking)
+    assert_same_as_torch(ours, theirs, {"src": src, "tgt": tgt}, **options)
+    assert [p.shape for p in packings] == [(B, S)]
+    packings.clear()
+    for change in ({"memory_key_padding_mask": None}, {"memory_key_padding_mask": SOURCE_PADDING.flip(0)}):
+        assert_same_as_torch(ours, theirs, {"src": src, "tgt": tgt}, **options | change)
+    seen = []
+    ours.encoder.register_forward_hook(lambda module, args, out: seen.append(out))
+    ours(src, tgt, **options)
+    torch.testing.assert_close(seen[0], ours.encoder(src, src_key_padding_mask=SOURCE_PADDING))
+    assert packings == []
+
+
 @pytest.mark.parametrize("skip", [True, False])
 @pytest.mark.parametrize("value", [torch.nan, 1e30])
 def test_what_is_in_padding_reaches_no_real_token(value, skip):
@@ -279,7 +300,7 @@ def test_what_is_in_padding_reaches_no_real_token(value, skip):
         pairs = ((src, SOURCE_PADDING), (tgt, TARGET_PADDING))
         leaves = [torch.where(mask[..., None], filling, x).requires_grad_() for x, mask in pairs]
         out = model(*leaves, **masks, tgt_is_causal=True)[~TARGET_PADDING]
-        if not skip:  # torch's and ours compute rows of padding here, and 0 · NaN is in the weights' gradients
+        if not skip:  # rows of padding are computed then, and 0 · NaN is in the weights' gradients
             return (out,)
         return out, *torch.autograd.grad(out.square().sum(), [*leaves, *model.parameters()])
 

@@ -22,14 +22,18 @@ from fused_transformer.packing import Packing, pack_memory, packing_if_worth_it
 class _Stack(nn.Module):
     """What the two kinds of stack share: when layers can be chained, when padding can be skipped, and the last norm."""
 
-    skip_padding: bool | None = None
+    skip_padding = False
     layers: nn.ModuleList
     norm: nn.Module | None
 
-    def _chains(self, kind: type[nn.Module], *attentions: str) -> bool:
+    layer_kind: type[nn.Module]
+    attentions: tuple[str, ...]  # of a layer
+
+    def chains(self) -> bool:
         """Whether the layers are ours and `plain`, so that what lies between them is nobody else's business."""
         return len(self.layers) > 0 and all(
-            plain(layer, kind) and all(plain(getattr(layer, name), MultiheadAttention) for name in attentions)
+            plain(layer, self.layer_kind)
+            and all(plain(getattr(layer, name), MultiheadAttention) for name in self.attentions)
             for layer in self.layers
         )
 
@@ -66,19 +70,19 @@ class TransformerEncoder(_Stack, nn.TransformerEncoder):
     In pre-norm the sum at the end of a layer is fused with the next layer's norm (and the last with the stack's). What
     differs from torch's:
 
-    - No nested tensor is made, and the results are the same in train, eval and no_grad. Torch skips padding in eval
-      mode alone: rows of padding are 0 then, and numbers in training. Where torch may do so (enable_nested_tensor and
-      what else it asks for: batch_first, post-norm, no `mask` ...), rows of padding on the right are 0 here in every
-      mode, and on the CPU, where much is padding, the layers work on the real tokens alone. In all other calls rows of
-      padding are computed like the rest. The results of real tokens never depend on it.
-    - `encoder.skip_padding = True` does the same in pre-norm, with batch_first=False and beside a mask (and spares
-      work if that is causal); False never does. None, the default, is the above.
-    - mask_check is accepted, and of no effect: the mask is always looked at.
+    - The results are the same in train, eval and no_grad. Rows that src_key_padding_mask hides are computed like the
+      rest in each; in torch they are numbers in training and may be 0 in eval.
+    - With `encoder.skip_padding = True`, rows of padding on the right come out as 0, in every mode and on every device;
+      on the CPU, where much is padding and no mask but a causal one is given, the layers then work on the real tokens
+      alone. Real tokens' results don't depend on it.
+    - enable_nested_tensor and mask_check are accepted, and of no effect: no nested tensor is made.
     - is_causal=True is a mask in itself: it needs no `mask`, and beside one that allows more it still holds.
     - return_attention=True returns (output, weights): a tuple with each layer's (N, H, S, S).
 
     Layers that have hooks, are compiled or are somebody else's are called one by one, as torch does.
     """
+
+    layer_kind, attentions = TransformerEncoderLayer, ("self_attn",)
 
     def __init__(
         self,
@@ -99,6 +103,7 @@ class TransformerEncoder(_Stack, nn.TransformerEncoder):
         is_causal: bool | None = None,
         *,
         return_attention: bool = False,
+        rows_unread: bool = False,
     ):
         """src (N, S, E) if batch_first, else (S, N, E), or unbatched (S, E), to the same shape.
 
@@ -107,12 +112,14 @@ class TransformerEncoder(_Stack, nn.TransformerEncoder):
             src_key_padding_mask: (N, S), unbatched (S). bool: True = ignore this key. float: added to its scores.
             is_causal: row i sees rows 0 ... i only. None: what the mask says (as False does).
             return_attention: return the weights too; see above.
+            rows_unread: nobody will read the rows of padding, so they may come out as anything. `Transformer` knows.
         """
         keys = Keys(mask, src_key_padding_mask, bool(is_causal))
-        chains = self._chains(TransformerEncoderLayer, "self_attn")
+        chains = self.chains()
         if src.is_nested and chains and keys.packable and not return_attention:
             return run_nested(src, keys.is_causal, lambda stream, packed: self._chained(stream, packed, False)[0])
-        skips = not src.is_nested and src.dim() == 3 and src_key_padding_mask is not None and self._skips(keys)
+        padded = not src.is_nested and src.dim() == 3 and src_key_padding_mask is not None
+        zeros, skips = padded and self.skip_padding, padded and (self.skip_padding or rows_unread)
         if not chains:
             out, weights = self._one_by_one(src, keys, return_attention)
         else:
@@ -121,14 +128,9 @@ class TransformerEncoder(_Stack, nn.TransformerEncoder):
             if packing is not None:
                 return packing.unpack(self._chained(Stream(packing.pack(src)), keys.packed(packing), False)[0])
             out, weights = self._chained(Stream(src), keys, return_attention)
-        if skips:
+        if zeros:
             out = self._zero_padding(out, src_key_padding_mask)  # type: ignore[arg-type]
         return (out, weights) if return_attention else out
-
-    def _skips(self, keys: Keys) -> bool:
-        if self.skip_padding is None:
-            return getattr(self, "use_nested_tensor", False) and keys.attn_mask is None and not keys.is_causal
-        return self.skip_padding
 
     def _chained(self, stream: Stream, keys: Keys, wants_weights: bool) -> tuple[Tensor, tuple[Tensor, ...]]:
         weights = []
@@ -160,12 +162,12 @@ class TransformerDecoder(_Stack, nn.TransformerDecoder):
 
     Chaining of layers, train and eval, is_causal: as `TransformerEncoder`. Masks are looked at once for all layers.
 
-    - Rows of padding are computed like the rest, as torch does. With `decoder.skip_padding = True`, rows that
-      tgt_key_padding_mask hides on the right come out as 0; on the CPU, where much is padding and no mask but a causal
-      one is given, the layers work on the real tokens alone.
+    - `decoder.skip_padding = True`: as an encoder's, for the rows that tgt_key_padding_mask hides.
     - return_attention=True returns (output, (own, memory)): tuples with each layer's weights of self_attn,
       (N, H, T, T), and of multihead_attn, (N, H, T, S).
     """
+
+    layer_kind, attentions = TransformerDecoderLayer, ("self_attn", "multihead_attn")
 
     def forward(
         self,
@@ -186,8 +188,8 @@ class TransformerDecoder(_Stack, nn.TransformerDecoder):
         """
         own = Keys(tgt_mask, tgt_key_padding_mask, bool(tgt_is_causal))
         of_memory = Keys(memory_mask, memory_key_padding_mask, memory_is_causal)
-        skips = bool(self.skip_padding) and tgt.dim() == 3 and tgt_key_padding_mask is not None
-        if not self._chains(TransformerDecoderLayer, "self_attn", "multihead_attn"):
+        skips = self.skip_padding and tgt.dim() == 3 and tgt_key_padding_mask is not None
+        if not self.chains():
             out, weights = self._one_by_one(tgt, memory, own, of_memory, return_attention)
         else:
             first = cast(TransformerDecoderLayer, self.layers[0])

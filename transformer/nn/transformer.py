@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fused_transformer.masks import may_look
+from fused_transformer.nn.parts import plain
 from fused_transformer.nn.stacks import TransformerDecoder, TransformerEncoder, no_nested_tensor_warning
 from fused_transformer.nn.stand_in import OURS, adopt, stands_in
 
@@ -26,7 +29,8 @@ class Transformer(nn.Transformer):
 
     An encoder and a decoder, each a stack of layers and a last norm (in post-norm too), without embeddings. Ours
     inside, unless custom_encoder or custom_decoder is given: see `TransformerEncoder` and `TransformerDecoder` for what
-    differs. return_attention=True returns (output, TransformerAttention).
+    differs. Where memory_key_padding_mask is as src_key_padding_mask, nobody reads the encoder's rows of padding: on
+    the CPU it works on the real tokens alone. return_attention=True returns (output, TransformerAttention).
 
     The model of the paper, with embeddings, training and translation, is `fused_transformer.Transformer`.
     """
@@ -102,6 +106,8 @@ class Transformer(nn.Transformer):
             "tgt_is_causal": tgt_is_causal,
             "memory_is_causal": memory_is_causal,
         }
+        if self._padding_is_unread(src_key_padding_mask, memory_key_padding_mask):
+            source_options["rows_unread"] = True
         if not return_attention:
             return self.decoder(tgt, self.encoder(src, **source_options), **options)
         for stack, kind in ((self.encoder, TransformerEncoder), (self.decoder, TransformerDecoder)):
@@ -110,3 +116,13 @@ class Transformer(nn.Transformer):
         memory, encoder_weights = self.encoder(src, **source_options, return_attention=True)
         out, (own, of_memory) = self.decoder(tgt, memory, **options, return_attention=True)
         return out, TransformerAttention(encoder_weights, own, of_memory)
+
+    def _padding_is_unread(self, of_source: Tensor | None, of_memory: Tensor | None) -> bool:
+        """Whether the decoder sees no row of the encoder's that is padding, and nobody else sees the encoder's rows."""
+        if of_source is None or of_memory is None or not plain(self.encoder, TransformerEncoder):
+            return False
+        if not plain(self.decoder, TransformerDecoder) or not self.decoder.chains():
+            return False
+        if not (may_look(of_source) and may_look(of_memory)) or of_source.dtype != of_memory.dtype:
+            return False
+        return of_source is of_memory or torch.equal(of_source, of_memory)
