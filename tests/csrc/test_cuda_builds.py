@@ -11,8 +11,14 @@ import pytest
 
 from tests.csrc import building, cuda_builds
 
-# Kernels that may keep something on the stack, and why. None may where it is not said here.
-MAY_SPILL: dict[str, str] = {}
+# Kernels that may keep something in local memory, and why; none may where it is not said here. How much is on record,
+# and may not grow.
+MAY_SPILL: dict[str, str] = {
+    "attention_forward_kernel": "values that are not finite are added to sums in local memory, a rare path",
+    "attention_backward_keys_kernel": "two accumulators of a whole head beside the scores: 255 registers do not hold them",
+    "attention_backward_queries_kernel": "as attention_backward_keys_kernel",
+    "attention_backward_statistics_kernel": "16 bytes, for heads of 128 on sm_80",
+}
 SHARED_LIMIT = 48 * 1024  # static: more than this can only be asked for at the launch
 
 needs_nvcc = pytest.mark.skipif(cuda_builds.toolkit() is None, reason="no CUDA toolkit (nvcc) on this machine")
@@ -52,7 +58,7 @@ def test_no_kernel_spills(op):
 @needs_nvcc
 @pytest.mark.slow
 @pytest.mark.parametrize("op", OPS)
-def test_no_kernel_takes_more_registers_than_are_on_record(op):
+def test_no_kernel_takes_more_than_is_on_record(op):
     version, recorded = cuda_builds.read_record()
     if version != cuda_builds.toolkit().version:
         pytest.skip(f"the record is of nvcc {version}, and another allocates otherwise")
@@ -62,8 +68,8 @@ def test_no_kernel_takes_more_registers_than_are_on_record(op):
         before = known.get(build.key)
         if before is None:
             problems.append(f"{build}: not on record")
-        elif build.registers > before.registers:
-            problems.append(f"{build}: {before.registers} registers on record")
+        elif any(getattr(build, what) > getattr(before, what) for what in ("registers", "spills", "stack")):
+            problems.append(f"{build}: on record is {before}")
     assert not problems, "\n".join(problems)
 
 
