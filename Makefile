@@ -7,10 +7,10 @@ SOURCES := $(shell find csrc _build -name '*.cpp' -o -name '*.cu' -o -name '*.h'
 CXX_FILES = $(shell find csrc tests -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.cuh')
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: help install test bench lint format gpu sanitize clean
+.PHONY: help install test bench lint format gpu sanitize sanitize-cuda clean
 
 help:  ## this list
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## */\1\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */\1\t/' | expand -t 16
 
 install: $(VENV)/.native  ## a virtual environment in .venv with the package, compiled and editable
 
@@ -40,6 +40,10 @@ gpu:  ## on a machine with a GPU, without network and into the current Python: G
 
 sanitize: $(VENV)/.native  ## the CPU kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer
 	sh _build/sanitize.sh $(RUN)
+
+sanitize-cuda: $(VENV)/.native  ## the CUDA kernels' tests in the emulator under those two, and under ThreadSanitizer
+	$(RUN) -m tests.csrc.sanitized asan
+	$(RUN) -m tests.csrc.sanitized tsan
 
 clean:  ## all that make made
 	rm -rf $(VENV) build dist *.egg-info kernels/_C.*.so .pytest_cache .mypy_cache .ruff_cache
