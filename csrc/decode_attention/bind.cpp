@@ -1,4 +1,4 @@
-// Python's door to decode attention. kernels/decode_attention/cpu.py passes the fields of DecodeAttention in groups.
+// Python's door to decode attention. kernels/decode_attention/native.py passes the fields of DecodeAttention in groups.
 
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -51,6 +51,18 @@ void register_decode_attention(py::module_& m) {
             arguments(sizes, dtype, tensors, lengths, rows, rows_strides, scale, causal, lse, partial));
       },
       release());
+#ifdef FUSED_WITH_CUDA
+  m.def(
+      "decode_attention_cuda",
+      [](const std::array<int64_t, 7>& sizes, int dtype, const std::array<Tensor, 4>& tensors, const Integers& lengths,
+         const Integers& rows, const std::array<int64_t, 2>& rows_strides, float scale, bool causal, uintptr_t lse,
+         uintptr_t partial, int64_t split_keys, uintptr_t stream) {
+        cuda::decode_attention(
+            arguments(sizes, dtype, tensors, lengths, rows, rows_strides, scale, causal, lse, partial), split_keys,
+            reinterpret_cast<void*>(stream));
+      },
+      release());
+#endif
 }
 
 }  // namespace fused

@@ -44,7 +44,7 @@ struct DecodeAttention {
   float scale = 1.0f;
   bool causal = true;
   float* lse = nullptr;      // nullptr: not wanted
-  float* partial = nullptr;  // partial_floats(...) of working memory; may be nullptr if that is 0
+  float* partial = nullptr;  // working memory, see below; may be nullptr if that is 0 floats
 };
 
 namespace cpu {
@@ -56,5 +56,12 @@ constexpr int64_t kSplit = 256;
 int64_t decode_attention_partial(int64_t B, int64_t H, int64_t L, int64_t C, int64_t D);  // floats
 void decode_attention(const DecodeAttention& args);
 }  // namespace cpu
+
+namespace cuda {
+// A split of keys is for one block. Nothing is known about lengths on the host: splits follow from C alone, and those
+// beyond a sequence's keys end at once. With more than one, `partial` has B * H * L * splits * (D + 2) floats. Numbers
+// in lengths and rows that are out of range count as the nearest that is not.
+void decode_attention(const DecodeAttention& args, int64_t split_keys, void* stream);
+}  // namespace cuda
 
 }  // namespace fused

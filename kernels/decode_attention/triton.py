@@ -16,16 +16,12 @@ import torch
 import triton
 
 from fused_transformer.kernels import _triton
+from fused_transformer.kernels.decode_attention.splits import split_keys
 from fused_transformer.kernels.decode_attention.triton_kernels import (
     decode_attention_merge_kernel,
     decode_attention_row_kernel,
     decode_attention_rows_kernel,
 )
-
-# (up to this capacity, keys of a split). Up to 512 one split: a second launch in place of a few blocks of keys. Then
-# 256, which is 4 blocks of 64: a batch of 1 with 8 key heads has 128 programs at 4096 keys, about one a multiprocessor.
-# Above 16,384 keys there are programs enough, and longer splits leave less to merge.
-SPLITS = ((512, 512), (16_384, 256), (65_536, 512), (2**31, 1024))
 
 MERGED_AT_ONCE = 8  # splits that the merge reads side by side
 
@@ -39,11 +35,6 @@ class Tile:
     columns: int
     warps: int
     stages: int
-
-
-def split_keys(capacity: int) -> int:
-    """Keys of a split, for a cache with room for `capacity`."""
-    return next(keys for up_to, keys in SPLITS if capacity <= up_to)
 
 
 def tile(rows: int, width: int, dtype: torch.dtype) -> Tile:
