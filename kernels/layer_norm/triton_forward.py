@@ -2,9 +2,9 @@
 
 A program holds whole rows of the sum in registers and passes over memory once: 2 E s bytes, 3 with a residual, 4 where
 the sum is kept (E elements of s bytes); bound by memory. Above HELD_COLUMNS a row is read in blocks of columns, three
-times: to make the sum, for the variance and for y. The second and the third time it comes out of the cache (a row is
-some 100 KB, and few rows are under way at once), and where x itself is not the sum, the sum is first written where it
-is kept, or where y will be: at most 2 E s more than above.
+times: to make the sum, for the variance and for y. The second and the third time it comes out of the cache, as a row is
+some 100 KB and few rows are under way at once: 2 E s more from there, and 1 more to it where the sum is made but not
+kept, since it is then written to where y will be.
 
 The variance is summed around the mean, and what rounding left of the mean is taken off again: one reduction more, and
 the result holds where |mean| >> std.
