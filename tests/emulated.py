@@ -43,8 +43,9 @@ def mode() -> str:
 def load(op: str) -> ModuleType:
     """The emulated module of `op`, built if need be."""
     csrc = Path(os.environ.get("FUSED_TRANSFORMER_EMULATED_CSRC", "") or building.CSRC)
-    loader = ExtensionFileLoader("_emulated", str(building.build_op(op, mode(), csrc)))
-    spec = spec_from_loader("_emulated", loader)
+    name = f"{op}._emulated"  # pybind11 gives out one module for each name, and the last word is the init function's
+    loader = ExtensionFileLoader(name, str(building.build_op(op, mode(), csrc)))
+    spec = spec_from_loader(name, loader)
     assert spec is not None
     module = module_from_spec(spec)
     loader.exec_module(module)
