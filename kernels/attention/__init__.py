@@ -6,6 +6,7 @@ import math
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from fused_transformer.kernels._autocast import lowered
 from fused_transformer.kernels._autograd import once_differentiable
@@ -183,7 +184,10 @@ def attention_with_lse(
     if dropout_p > 0.0 and seed is None:
         seed = new_seed(q.device)
     scale = 1.0 / math.sqrt(max(q.shape[-1], 1)) if scale is None else float(scale)
-    return _Attention.apply(q, k, v, mask.bias, mask, scale, float(dropout_p), seed)
+    if _differentiated(q, k, v, mask.bias):
+        return _Attention.apply(q, k, v, mask.bias, mask, scale, float(dropout_p), seed)
+    arguments = (q, k, v, mask, scale, float(dropout_p), seed)
+    return op.pick(*arguments).forward(*arguments)  # a short call's time is half apply()
 
 
 def attention_weights(
@@ -236,4 +240,14 @@ def attention_weights(
     require_dropout(dropout_p, seed, q.device)
     check_statistics(q, lse, dropout_p, seed)
     scale = 1.0 / math.sqrt(max(q.shape[-1], 1)) if scale is None else float(scale)
-    return _Weights.apply(q, k, mask.bias, lse.contiguous(), mask, scale, float(dropout_p), seed)
+    if _differentiated(q, k, mask.bias):
+        return _Weights.apply(q, k, mask.bias, lse.contiguous(), mask, scale, float(dropout_p), seed)
+    arguments = (mask, scale, float(dropout_p), seed)
+    return op.pick(q, k, k, *arguments).weights(q, k, lse.contiguous(), *arguments)
+
+
+def _differentiated(*tensors: Tensor | None) -> bool:
+    """Whether autograd must see the call; also in forward mode, which it then refuses."""
+    if forward_ad._current_level >= 0:
+        return True
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
