@@ -10,6 +10,8 @@ namespace py = pybind11;
 // One line for each csrc/<op>/bind.cpp, and one in the module below.
 namespace fused {
 void register_attention(py::module_& m);
+void register_bias_act(py::module_& m);
+void register_cross_entropy(py::module_& m);
 void register_decode_attention(py::module_& m);
 void register_embedding(py::module_& m);
 void register_layer_norm(py::module_& m);
@@ -25,6 +27,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("isa", &fused::cpu::isa_name, "The instruction set the CPU kernels run with.");
   m.def("cpu_threads", &omp_get_max_threads, "The number of OpenMP threads a kernel may use.");
   fused::register_attention(m);
+  fused::register_bias_act(m);
+  fused::register_cross_entropy(m);
   fused::register_decode_attention(m);
   fused::register_embedding(m);
   fused::register_layer_norm(m);

@@ -16,6 +16,9 @@ from torch import Tensor
 from fused_transformer.kernels import (
     add_layer_norm_with_total,
     add_rms_norm_with_total,
+    bias_act,
+    cross_entropy,
+    decode_attention_with_lse,
     embedding,
     layer_norm,
     rms_norm,
@@ -77,7 +80,66 @@ def embedding_calls() -> Iterator[tuple[str, Call]]:
     yield "runs_over_chunks", (embedding, tensors, {"positions": None, **dropout})
 
 
+def bias_act_calls() -> Iterator[tuple[str, Call]]:
+    dropout = {"dropout_p": 0.3, "seed": torch.tensor([2**40 + 17])}
+    # rows, columns, dtype, activation: a block has 128 threads side by side or fewer (csrc/bias_act)
+    sizes = {
+        "two_strips": (37, 1032, BF16, "gelu"),
+        "many_rows_at_once": (301, 24, F16, "gelu_tanh"),
+        "one_element_at_a_time": (37, 67, F32, "gelu"),
+        "two_strips_of_elements": (11, 131, BF16, "relu"),
+    }
+    for name, (rows, cols, dtype, activation) in sizes.items():
+        tensors = {"x": normal(rows, cols, dtype=dtype), "bias": normal(cols, dtype=dtype)}
+        yield name, (bias_act, tensors, {"activation": activation, **dropout})
+    tensors = {"x": as_strided(normal(9, 96, dtype=BF16)), "bias": normal(96)}
+    yield "a_float32_bias", (bias_act, tensors, {"activation": "gelu"})
+    yield "no_bias", (bias_act, {"x": as_offset(normal(9, 96))}, {})
+
+
+def cross_entropy_calls() -> Iterator[tuple[str, Call]]:
+    # rows, columns, dtype: above 1024 columns a block takes a row, in chunks of 4096 going back (csrc/cross_entropy)
+    sizes = {
+        "a_warp_a_row": (9, 200, BF16),
+        "a_warp_a_row_and_not_aligned": (9, 67, F32),
+        "a_block_a_row": (3, 4104, BF16),
+        "a_block_a_row_and_not_aligned": (3, 4099, F16),
+        "carried_over": (2, 5000, F32),
+    }
+    options = {"label_smoothing": 0.1, "z_loss": 0.01, "reduction": "none"}
+    for name, (rows, cols, dtype) in sizes.items():
+        targets = torch.randint(0, cols, (rows,))
+        targets[1] = -100
+        rising = torch.linspace(-20, 20, cols)  # the maximum moves from step to step
+        yield name, (cross_entropy, {"logits": (normal(rows, cols) + rising).to(dtype), "targets": targets}, options)
+    tensors = {"logits": as_strided(normal(9, 96)), "targets": torch.randint(0, 96, (9,), dtype=torch.int32)}
+    yield "plain", (cross_entropy, tensors, {})
+
+
+def decode_attention_calls() -> Iterator[tuple[str, Call]]:
+    function = torch.no_grad()(decode_attention_with_lse)
+    # heads, key heads, queries, positions, columns, dtype: more than 512 positions are two splits or more
+    sizes = {
+        "one_row": (2, 2, 1, 70, 16, F32),
+        "a_draft_of_grouped_queries": (6, 1, 3, 37, 96, BF16),
+        "one_row_of_the_widest_head": (1, 1, 1, 21, 256, F16),
+        "one_element_at_a_time": (2, 1, 2, 40, 67, F32),
+        "splits": (2, 1, 2, 530, 24, BF16),
+    }
+    for name, (heads, heads_k, queries, positions, width, dtype) in sizes.items():
+        tensors = {"q": normal(3, heads, queries, width, dtype=dtype)}
+        tensors |= {key: normal(3, heads_k, positions, width, dtype=dtype) for key in ("k_cache", "v_cache")}
+        tensors["v_cache"][1, :, positions - 10] = torch.nan  # the last query's newest key, unseen by those before it
+        lengths = torch.tensor([0, positions - 9, positions])
+        table = torch.randint(0, 3, (3, positions), dtype=torch.int32)
+        yield name, (function, tensors, {"lengths": lengths})
+        yield f"{name}_by_table", (function, tensors, {"lengths": lengths, "rows": table})
+
+
 CALLS: dict[str, Callable[[], Iterator[tuple[str, Call]]]] = {
+    "bias_act": bias_act_calls,
+    "cross_entropy": cross_entropy_calls,
+    "decode_attention": decode_attention_calls,
     "embedding": embedding_calls,
     "layer_norm": layer_norm_calls,
 }

@@ -27,6 +27,18 @@ def embedding(name: str, file: str, right: str, wrong: str) -> Bug:
     return Bug("embedding", name, f"embedding/{file}", right, wrong)
 
 
+def bias_act(name: str, file: str, right: str, wrong: str) -> Bug:
+    return Bug("bias_act", name, f"bias_act/{file}", right, wrong)
+
+
+def cross_entropy(name: str, file: str, right: str, wrong: str) -> Bug:
+    return Bug("cross_entropy", name, f"cross_entropy/{file}", right, wrong)
+
+
+def decode_attention(name: str, right: str, wrong: str) -> Bug:
+    return Bug("decode_attention", name, "decode_attention/forward.cu", right, wrong)
+
+
 REDUCE, FORWARD, BACKWARD = "common/reduce.cuh", "layer_norm/forward.cu", "layer_norm/backward.cu"
 
 BUGS: tuple[Bug, ...] = (
@@ -215,5 +227,154 @@ BUGS: tuple[Bug, ...] = (
         "backward.cu",
         "      if (token_at(args, other * args.chunk) != token) break;\n",
         "",
+    ),
+    bias_act(
+        "a row beyond the last",
+        "forward.cu",
+        "if (row < args.M) load(",
+        "if (row <= args.M) load(",
+    ),
+    bias_act(
+        "a column beyond the last",
+        "forward.cu",
+        "if (col >= args.N) return;",
+        "if (col > args.N) return;",
+    ),
+    bias_act(
+        "a bias of float32 is read as the data's type",
+        "device_activation.cuh",
+        "if (sizeof(T) == 4 || is_float) {",
+        "if (sizeof(T) == 4) {",
+    ),
+    bias_act(
+        "the mask of the thread's first row for all its rows",
+        "forward.cu",
+        "drop(seed, args.dropout_threshold, args.dropout_scale, row, col,",
+        "drop(seed, args.dropout_threshold, args.dropout_scale, first, col,",
+    ),
+    bias_act(
+        "a gradient's load that nothing guards",
+        "backward.cu",
+        "        if (row >= args.M) break;\n        load(",
+        "        load(",
+    ),
+    bias_act(
+        "threads beyond the columns leave before the barrier",
+        "backward.cu",
+        "  float sum[kVec] = {};\n  if (col < args.N) {",
+        "  float sum[kVec] = {};\n  if (col >= args.N) return;\n  {",
+    ),
+    bias_act(
+        "no barrier before the rows' sums are added",
+        "backward.cu",
+        "shared[threadIdx.x * kVec + i] = sum[i];\n  __syncthreads();",
+        "shared[threadIdx.x * kVec + i] = sum[i];",
+    ),
+    bias_act(
+        "no barrier before the slices are added",
+        "backward.cu",
+        "  shared[slice * kWarp + lane] = sum;\n  __syncthreads();",
+        "  shared[slice * kWarp + lane] = sum;",
+    ),
+    bias_act(
+        "the groups of rows overlap",
+        "backward.cu",
+        "first += args.parts * rows_at_a_time",
+        "first += args.parts * rows_at_once",
+    ),
+    cross_entropy(
+        "no barrier before the maximum is read",
+        "forward.cu",
+        "shared[threadIdx.x / kWarp] = v;\n    __syncthreads();",
+        "shared[threadIdx.x / kWarp] = v;",
+    ),
+    cross_entropy(
+        "one warp's maximum is left out",
+        "forward.cu",
+        "for (int warp = 0; warp < kThreads / kWarp; ++warp)",
+        "for (int warp = 1; warp < kThreads / kWarp; ++warp)",
+    ),
+    cross_entropy(
+        "sums are not carried over to the new maximum",
+        "forward.cu",
+        "exps *= expf(old_top - shift());",
+        "exps *= 1.0f;",
+    ),
+    cross_entropy(
+        "gaps are not carried over to the new maximum",
+        "forward.cu",
+        "    gaps += count * (shift() - old_shift);",
+        "    gaps += 0.0f * old_shift;",
+    ),
+    cross_entropy(
+        "a logit beyond the row's end",
+        "forward.cu",
+        "      if (i < left) x[i] = to_float(p[i]);",
+        "      if (i <= left) x[i] = to_float(p[i]);",
+    ),
+    cross_entropy(
+        "a logit beyond the row's end counts",
+        "forward.cu",
+        "return (kAligned ? 0 : i) < left(step);",
+        "return (kAligned ? 0 : i) <= left(step);",
+    ),
+    cross_entropy(
+        "an ignored row is read",
+        "device_target.cuh",
+        "const bool counts = word != args.ignore_index;",
+        "const bool counts = true;",
+    ),
+    cross_entropy(
+        "a row beyond the last",
+        "backward.cu",
+        "if (row >= args.M) return;",
+        "if (row > args.M) return;",
+    ),
+    cross_entropy(
+        "a column beyond the last",
+        "backward.cu",
+        "    if (col >= args.V) break;",
+        "    if (col > args.V) break;",
+    ),
+    cross_entropy(
+        "the target of a vector's first column for all its columns",
+        "backward.cu",
+        "if (col + i == target.word)",
+        "if (col == target.word)",
+    ),
+    decode_attention(
+        "no barrier before the groups' sums are merged",
+        "  __syncthreads();\n  for (int id = threadIdx.x; id < rows.count * D;",
+        "  for (int id = threadIdx.x; id < rows.count * D;",
+    ),
+    decode_attention(
+        "a key beyond the last",
+        "const bool present = key(x) < stop;",
+        "const bool present = key(x) <= stop;",
+    ),
+    decode_attention(
+        "a query sees the key after its own",
+        "keys - (queries - 1 - rows.query(args, m))",
+        "keys - (queries - 2 - rows.query(args, m))",
+    ),
+    decode_attention(
+        "an unseen value is multiplied by 0",
+        "all ? values[x][i] : 0.0f",
+        "all || true ? values[x][i] : 0.0f",
+    ),
+    decode_attention(
+        "the maximum of no keys is subtracted",
+        "return x == -INFINITY ? 0.0f : x;",
+        "return x;",
+    ),
+    decode_attention(
+        "splits that have no keys are merged",
+        "used = (keys_of(args, b) + split_keys - 1) / split_keys;",
+        "used = splits;",
+    ),
+    decode_attention(
+        "a group of lanes sums too few of them",
+        "int offset = kLanes / 2;",
+        "int offset = kLanes / 4;",
     ),
 )

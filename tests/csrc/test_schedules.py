@@ -30,10 +30,11 @@ def names():
 @pytest.mark.parametrize(("op", "name"), names())
 def test_every_schedule_gives_the_same_right_bits(op, name, monkeypatch):
     function, tensors, options = dict(CALLS[op]())[name]
+    dtype = next(x.dtype for x in tensors.values() if x.is_floating_point())  # as the oracle rounds upstream gradients
     first = assert_backend_matches(function, "cuda", tensors, **options)
     for order in ORDERS[emulated.mode()]:
         for when in ASYNC:
             monkeypatch.setenv("EMU_ORDER", order)
             monkeypatch.setenv("EMU_ASYNC", when)
             with running_on("cuda"):
-                assert_equal(run_with_gradients(function, tensors, **options), first)
+                assert_equal(run_with_gradients(function, tensors, rounded_to=dtype, **options), first)
