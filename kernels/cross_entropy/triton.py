@@ -163,6 +163,7 @@ def refuses(logits, *_args) -> str | None:
 def forward(logits, targets, target_weight, every_weight, z_loss, ignore_index):
     rows, vocabulary = logits.shape
     losses, top, log_sum = (logits.new_empty(rows, dtype=torch.float32) for _ in range(3))
+    targets = targets.contiguous()
     if rows:
         chosen = config(vocabulary, FORWARD_TILE, FORWARD_WARPS)
         with _triton.current(logits):
@@ -179,6 +180,7 @@ def forward(logits, targets, target_weight, every_weight, z_loss, ignore_index):
 def backward(dlosses, logits, targets, top, log_sum, target_weight, every_weight, z_loss, ignore_index, inplace):
     rows, vocabulary = logits.shape
     dlogits = logits if inplace else torch.empty_like(logits, memory_format=torch.contiguous_format)
+    targets = targets.contiguous()
     if rows:
         chosen = config(vocabulary, BACKWARD_TILE, BACKWARD_WARPS)
         programs = triton.cdiv(rows, chosen.block_n) * triton.cdiv(vocabulary, chosen.block_v)

@@ -106,6 +106,9 @@ def test_targets_of_any_strides_and_of_both_integers(backend, targets_dtype, dev
     assert not targets.is_contiguous()
     got = assert_backend_matches(cross_entropy, backend, {"logits": logits, "targets": targets}, reduction="none")
     assert got["out"].shape == (4, 6)
+    for targets in (tensors["targets"].to(targets_dtype)[::2], tensors["targets"].to(targets_dtype)[:1].expand(12)):
+        flat = {"logits": tensors["logits"][:12], "targets": targets}  # one axis: flattening it copies nothing
+        assert_backend_matches(cross_entropy, backend, flat, reduction="none")
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (2, 3), (2, 0), (2, 1, 3)])
