@@ -19,8 +19,13 @@ struct Address {
 
 inline Address at(uintptr_t value) { return {value}; }
 
-// The function that Python calls: packs its arguments with `pack` and hands them to the kernel, on a stream whose
-// address is one more argument at the end.
+// The function that Python calls: packs its arguments with `pack` and hands them to the kernel.
+template <class Args, class... P>
+auto on_cpu(Args (*pack)(P...), void (*launch)(const Args&)) {
+  return [=](P... args) { launch(pack(args...)); };
+}
+
+// The same with the stream, an address, as one more argument at the end.
 template <class Args, class... P>
 auto on_cuda(Args (*pack)(P...), void (*launch)(const Args&, void*)) {
   return [=](P... args, uintptr_t stream) { launch(pack(args...), at(stream)); };

@@ -1,26 +1,13 @@
 // Python's door to layer norm: addresses become pointers, and the interpreter runs on meanwhile. The arguments are
 // the fields of LayerNormForward and LayerNormBackward, in their order; kernels/layer_norm/native.py passes them.
 
-#include <pybind11/pybind11.h>
-
+#include "../common/bind.h"
 #include "layer_norm.h"
 
 namespace py = pybind11;
 
 namespace fused {
 namespace {
-
-// An address as Python holds it; becomes a pointer of the type of the field that it goes to.
-struct Address {
-  uintptr_t value;
-
-  template <class T>
-  operator T*() const {
-    return reinterpret_cast<T*>(value);
-  }
-};
-
-Address at(uintptr_t value) { return {value}; }
 
 LayerNormForward forward_args(uintptr_t x, int64_t x_stride, uintptr_t residual, int64_t residual_stride,
                               uintptr_t x_bias, uintptr_t weight, uintptr_t bias, uintptr_t seed, uintptr_t y,
@@ -65,20 +52,6 @@ LayerNormBackward backward_args(uintptr_t dy, int64_t dy_stride, uintptr_t dtota
           DType(dtype),
           DType(param_dtype)};
 }
-
-// The function that Python calls: packs its arguments with `pack` and hands them to the kernel.
-template <class Args, class... P>
-auto on_cpu(Args (*pack)(P...), void (*launch)(const Args&)) {
-  return [=](P... args) { launch(pack(args...)); };
-}
-
-#ifdef FUSED_WITH_CUDA
-// The same with the stream, an address, as one more argument at the end.
-template <class Args, class... P>
-auto on_cuda(Args (*pack)(P...), void (*launch)(const Args&, void*)) {
-  return [=](P... args, uintptr_t stream) { launch(pack(args...), at(stream)); };
-}
-#endif
 
 }  // namespace
 

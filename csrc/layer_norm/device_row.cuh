@@ -2,7 +2,7 @@
 // What the CUDA kernels of layer norm share: reading parameters of either type, and the total of some columns.
 
 #include "../common/philox.cuh"
-#include "../common/vector.cuh"
+#include "../common/vector_width.cuh"
 #include "layer_norm.h"
 
 namespace fused::cuda {
@@ -44,19 +44,6 @@ FT_DEVICE void load_total(const LayerNormForward& args, uint64_t seed, int64_t r
   }
 #pragma unroll
   for (int i = 0; i < kVec; ++i) total[i] = rounded<T>(total[i]);
-}
-
-// f(Count<kVec>{}): 16 bytes of T at a time if every tensor allows, else one element at a time.
-template <int kCount>
-struct Count {
-  static constexpr int value = kCount;
-};
-template <class T, class F>
-void with_vector_width(bool aligned, F&& f) {
-  if (aligned)
-    f(Count<kVectorBytes / int(sizeof(T))>{});
-  else
-    f(Count<1>{});
 }
 
 }  // namespace fused::cuda
