@@ -92,14 +92,15 @@ def start(layers: list[DecoderLayer], memory: Tensor, memory_lengths: Tensor | N
 
 def step_layer(layer: DecoderLayer, index: int, x: Tensor, residual: Tensor | None, state: DecoderState):
     """Layer `index` on x (R, 1, E), the newest position; returns what a chained `DecoderLayer` returns."""
-    here, filled = state.length, state.length + 1
+    filled = state.length + 1
+    here = slice(state.length, filled)  # and no number, which torch.compile would take for a constant
     keys, values = state.cache[index]
     ancestors = None if state.ancestors is None else state.ancestors[:, :filled]
     beams = (-1, state.beam_size)
 
     def attend(y: Tensor) -> Tensor:
         q, k, v = layer.self_attn.project(y, y, y)
-        keys[: state.rows, :, here], values[: state.rows, :, here] = k[:, :, 0], v[:, :, 0]
+        keys[: state.rows, :, here], values[: state.rows, :, here] = k, v
         heads = decode_attention(q, keys[:, :, :filled], values[:, :, :filled], rows=ancestors)
         return layer.self_attn.merge(heads)
 

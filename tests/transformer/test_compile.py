@@ -139,6 +139,18 @@ def test_other_batches_and_lengths_compile_nothing_new():
         assert graphs() <= 2, f"call {index} compiled again"
 
 
+def test_a_decoding_step_compiles_once():
+    """For its first position, then for any; and again where the cache grows."""
+    model = shallow().eval()
+    with torch.no_grad():
+        memory = model.encode(SOURCE)
+        ahead, state = model.start(memory), model.start(memory)
+        step = compiled(model.step)
+        for tokens in torch.randint(1, 31, (12, 3)):
+            assert_equal(step(tokens, state), model.step(tokens, ahead))
+    assert graphs() == 2
+
+
 def test_a_swapped_model_compiles():
     model = torch.nn.Transformer(E, H, 1, 1, F, batch_first=True).eval()
     x, memory = normal(2, 5, E), normal(2, 4, E)
