@@ -122,7 +122,8 @@ class Op:
         forced = forced_backend()
         reasons = {}
         for backend in (forced,) if forced else self.order:
-            why = self.why_not(backend, *args)
+            module = self._modules.get(backend)  # in most calls it has been imported
+            why = module.refuses(*args) if type(module) is ModuleType else self.why_not(backend, *args)
             if why is None:
                 if _observer is not None:
                     _observer(self, backend, args)

@@ -7,9 +7,10 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from fused_transformer.kernels import attention, attention_weights, attention_with_lse, new_seed
-from fused_transformer.masks import MultiheadAttentionError, attention_masks, check_masks
+from fused_transformer.masks import MultiheadAttentionError, attention_masks, check_inputs, check_masks
 
 
 def _no_op(module: nn.Module, args: tuple) -> None:
@@ -85,6 +86,13 @@ class MultiheadAttention(nn.MultiheadAttention):
         )
         forbid_bypass(self)
 
+    def _call_impl(self, *args, **kwargs):
+        """nn.Module's, but for the long way that it would go because of the hook of `forbid_bypass`."""
+        others = self._forward_hooks or self._backward_hooks or self._backward_pre_hooks or _has_any_global_hook()
+        if others or has_pre_hooks(self) or torch._C._get_tracing_state():
+            return super()._call_impl(*args, **kwargs)
+        return self.forward(*args, **kwargs)
+
     def forward(
         self,
         query: Tensor,
@@ -125,29 +133,30 @@ class MultiheadAttention(nn.MultiheadAttention):
         if q_offsets is not None or k_offsets is not None:
             masked = key_padding_mask is not None or attn_mask is not None or key_lengths is not None
             return self._forward_packed(query, key, value, masked, need_weights, is_causal, q_offsets, k_offsets), None
-        batched = self._check(query, key, value, key_padding_mask, attn_mask, key_lengths)
-        if not batched and key_padding_mask is not None:
-            key_padding_mask = key_padding_mask[None]
-
+        check_inputs(self, query, key, value)
+        batched = query.dim() == 3
         q, k, v = self.project(query, key, value)
-        masks = attention_masks(
-            q.shape[0],
-            q.shape[1],
-            q.shape[2],
-            k.shape[2],
-            key_padding_mask=key_padding_mask,
-            attn_mask=attn_mask,
-            is_causal=is_causal,
-            key_lengths=key_lengths,
-            added_keys=(self.bias_k is not None) + self.add_zero_attn,
-            device=q.device,
-        )
-        k, v = self._with_added_keys(k, self.bias_k), self._with_added_keys(v, self.bias_v)
-
-        masks |= self._dropout(q.device)
-        if not need_weights:
-            return self.merge(attention(q, k, v, **masks), batched), None
+        masks: dict = {"causal": "top_left" if is_causal else False}
+        added_keys = (self.bias_k is not None) + self.add_zero_attn
+        if key_padding_mask is not None or attn_mask is not None or key_lengths is not None or added_keys:
+            sizes = (q.shape[0], q.shape[1], q.shape[2], k.shape[2])
+            check_masks((sizes[0] if batched else None, *sizes[1:]), key_padding_mask, attn_mask, key_lengths)
+            masks = attention_masks(
+                *sizes,
+                key_padding_mask=key_padding_mask if batched or key_padding_mask is None else key_padding_mask[None],
+                attn_mask=attn_mask,
+                is_causal=is_causal,
+                key_lengths=key_lengths,
+                added_keys=added_keys,
+                device=q.device,
+            )
+        if added_keys:
+            k, v = self._with_added_keys(k, self.bias_k), self._with_added_keys(v, self.bias_v)
+        if self.training and self.dropout > 0.0:
+            masks |= {"dropout_p": self.dropout, "seed": new_seed(q.device)}  # weights and out get the same seed
         heads, lse = attention_with_lse(q, k, v, **masks)
+        if not need_weights:
+            return self.merge(heads, batched), None
         weights = attention_weights(q, k, lse, **masks)
         if average_attn_weights:
             weights = weights.mean(dim=1)
@@ -157,48 +166,47 @@ class MultiheadAttention(nn.MultiheadAttention):
 
     def project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The heads' queries, keys and values: (N, H, L, D), (N, H, S, D) twice. Inputs as `forward` takes them."""
-        if query is key and key is value and self.in_proj_weight is not None:  # one product instead of three
+        if query is key and key is value and self._qkv_same_embed_dim:  # one product instead of three
             q, k, v = F.linear(query, self.in_proj_weight, self.in_proj_bias).chunk(3, dim=-1)
             return self._split_heads(q), self._split_heads(k), self._split_heads(v)
         return self.project_query(query), *self.project_keys(key, value)
 
     def project_query(self, query: Tensor) -> Tensor:
         """The heads' queries, (N, H, L, D)."""
-        weight, bias = self._in_projections()[0]
-        return self._split_heads(F.linear(query, weight, bias))
+        return self._split_heads(F.linear(query, *self._in_projection("q", 0, 1)))
 
     def project_keys(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """The heads' keys and values, (N, H, S, D) each."""
-        if key is value and self.in_proj_weight is not None:
-            bias = None if self.in_proj_bias is None else self.in_proj_bias[self.embed_dim :]
-            k, v = F.linear(key, self.in_proj_weight[self.embed_dim :], bias).chunk(2, dim=-1)
+        if key is value and self._qkv_same_embed_dim:
+            k, v = F.linear(key, *self._in_projection("kv", 1, 2)).chunk(2, dim=-1)
         else:
-            _, (weight_k, bias_k), (weight_v, bias_v) = self._in_projections()
-            k, v = F.linear(key, weight_k, bias_k), F.linear(value, weight_v, bias_v)
+            k = F.linear(key, *self._in_projection("k", 1, 1))
+            v = F.linear(value, *self._in_projection("v", 2, 1))
         return self._split_heads(k), self._split_heads(v)
 
     def merge(self, heads: Tensor, batched: bool = True) -> Tensor:
         """(N, H, L, D) to what `forward` returns: the heads side by side, through out_proj."""
         if not batched:
             return self.out_proj(heads[0].transpose(0, 1).flatten(1))
-        axes = (0, 2, 1, 3) if self.batch_first else (2, 0, 1, 3)
-        return self.out_proj(heads.permute(axes).flatten(2))
+        heads = heads.transpose(1, 2) if self.batch_first else heads.permute(2, 0, 1, 3)
+        return self.out_proj(heads.flatten(2))
 
-    def _in_projections(self) -> list[tuple[Tensor, Tensor | None]]:
-        """(weight, bias) of q, k and v."""
-        if self.in_proj_weight is not None:
-            weights = self.in_proj_weight.chunk(3)
+    def _in_projection(self, name: str, first: int, count: int) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias of q, k, v or kv: `count` of the three matrices from the `first` on."""
+        start, rows, bias = first * self.embed_dim, count * self.embed_dim, self.in_proj_bias
+        if self._qkv_same_embed_dim:
+            weight = self.in_proj_weight.narrow(0, start, rows)
         else:
-            weights = self.q_proj_weight, self.k_proj_weight, self.v_proj_weight
-        biases = (None, None, None) if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
-        return list(zip(weights, biases, strict=True))
+            weight = getattr(self, f"{name}_proj_weight")
+        return weight, None if bias is None else bias.narrow(0, start, rows)
 
     def _split_heads(self, x: Tensor) -> Tensor:
         """`forward`'s axes to (N, H, L, D), without a copy."""
-        x = x.unflatten(-1, (self.num_heads, self.head_dim))
-        if x.dim() == 3:
-            return x.transpose(0, 1)[None]
-        return x.permute((0, 2, 1, 3) if self.batch_first else (1, 2, 0, 3))
+        shape = x.shape
+        if len(shape) == 2:
+            return x.view(shape[0], self.num_heads, self.head_dim).transpose(0, 1)[None]
+        x = x.view(shape[0], shape[1], self.num_heads, self.head_dim)
+        return x.transpose(1, 2) if self.batch_first else x.permute(1, 2, 0, 3)
 
     def _with_added_keys(self, x: Tensor, learned: Tensor | None) -> Tensor:
         """Keys or values (N, H, S, D) with bias_k or bias_v and a zero appended, where the constructor asked for it."""
@@ -208,12 +216,6 @@ class MultiheadAttention(nn.MultiheadAttention):
         if self.add_zero_attn:
             extra.append(x.new_zeros(*x.shape[:2], 1, self.head_dim))
         return torch.cat([x, *extra], dim=2) if extra else x
-
-    def _dropout(self, device: torch.device) -> dict:
-        """The op's dropout arguments; weights and out get the same seed, so they agree."""
-        if not self.training or self.dropout == 0.0:
-            return {}
-        return {"dropout_p": self.dropout, "seed": new_seed(device)}
 
     def _forward_packed(self, query, key, value, masked, need_weights, is_causal, q_offsets, k_offsets):
         if masked or need_weights or self.bias_k is not None or self.add_zero_attn or q_offsets is None:
@@ -225,10 +227,11 @@ class MultiheadAttention(nn.MultiheadAttention):
             raise MultiheadAttentionError(
                 f"packed query, key and value must be (T, E), got {query.dim()}-D, {key.dim()}-D and {value.dim()}-D"
             )
-        self._check(query, key, value, None, None, None)
+        check_inputs(self, query, key, value)
         q, k, v = (x[0].transpose(0, 1) for x in self.project(query, key, value))  # (T, H, D)
         causal: Literal["top_left", False] = "top_left" if is_causal else False
-        heads = attention(q, k, v, q_offsets=q_offsets, k_offsets=k_offsets, causal=causal, **self._dropout(q.device))
+        dropout_p = self.dropout if self.training else 0.0
+        heads = attention(q, k, v, q_offsets=q_offsets, k_offsets=k_offsets, causal=causal, dropout_p=dropout_p)
         return self.out_proj(heads.flatten(1))
 
     def _forward_nested(self, query, key, value, key_padding_mask, need_weights, attn_mask, is_causal):
@@ -243,40 +246,3 @@ class MultiheadAttention(nn.MultiheadAttention):
         padded = query.to_padded_tensor(0.0)
         out, _ = self.forward(padded, padded, padded, need_weights=False, is_causal=is_causal, key_lengths=lengths)
         return torch.nested.as_nested_tensor([row[:n] for row, n in zip(out, lengths.tolist(), strict=True)]), None
-
-    # ------------------------------------------------------------ checks, in torch.nn's words
-
-    def _check(self, query, key, value, key_padding_mask, attn_mask, key_lengths) -> bool:
-        """Whether the inputs are batched; an error where anything does not fit."""
-        if query.dim() not in (2, 3):
-            raise MultiheadAttentionError(
-                f"query should be unbatched 2D or batched 3D tensor but received {query.dim()}-D query tensor"
-            )
-        batched = query.dim() == 3
-        which = "For batched (3-D) `query`" if batched else "For unbatched (2-D) `query`"
-        if key.dim() != query.dim() or value.dim() != query.dim():
-            raise MultiheadAttentionError(
-                f"{which}, expected `key` and `value` to be {query.dim()}-D"
-                f" but found {key.dim()}-D and {value.dim()}-D tensors respectively"
-            )
-        for name, x, width in (("query", query, self.embed_dim), ("key", key, self.kdim), ("value", value, self.vdim)):
-            if x.shape[-1] != width:
-                raise MultiheadAttentionError(
-                    f"{name}: was expecting embedding dimension of {width}, but got {x.shape[-1]}"
-                )
-        if key.shape[:-1] != value.shape[:-1]:
-            raise MultiheadAttentionError(
-                f"key's sequence and batch dims {key.shape[:-1]} do not match value's {value.shape[:-1]}"
-                f" (key shape {key.shape} does not match value shape {value.shape})"
-            )
-        batch_axis, length_axis = (0, 1) if self.batch_first else (1, 0)
-        batch = query.shape[batch_axis] if batched else 1
-        if batched and key.shape[batch_axis] != batch:
-            raise MultiheadAttentionError(
-                f"query and key must have the same batch size, got {batch} and {key.shape[batch_axis]}"
-                f" (batch_first={self.batch_first})"
-            )
-        length, keys = (x.shape[length_axis] if batched else x.shape[0] for x in (query, key))
-        sizes = (batch if batched else None, self.num_heads, length, keys)
-        check_masks(sizes, key_padding_mask, attn_mask, key_lengths)
-        return batched

@@ -1,4 +1,7 @@
-"""torch.nn's masks (True = ignore), checked and turned into the attention op's (True = attend): here alone."""
+"""torch.nn's masks (True = ignore), checked and turned into the attention op's (True = attend): here alone.
+
+The checks complain in torch.nn's words.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,50 @@ from torch import Tensor, nn
 
 class MultiheadAttentionError(ValueError, AssertionError, RuntimeError):
     """Shapes or masks do not fit. Callers of torch.nn.MultiheadAttention expect one of the latter two."""
+
+
+def check_inputs(module: nn.MultiheadAttention, query: Tensor, key: Tensor, value: Tensor) -> None:
+    """An error unless query, key and value fit the module and each other."""
+    q, k, v = query.shape, key.shape, value.shape
+    batch_axis = 0 if module.batch_first else 1
+    if not (
+        len(q) in (2, 3)
+        and len(k) == len(v) == len(q)
+        and q[-1] == module.embed_dim
+        and k[-1] == module.kdim
+        and v[-1] == module.vdim
+        and k[:-1] == v[:-1]
+        and (len(q) == 2 or q[batch_axis] == k[batch_axis])
+    ):
+        _complain(module, query, key, value, batch_axis)
+
+
+def _complain(module: nn.MultiheadAttention, query: Tensor, key: Tensor, value: Tensor, batch_axis: int) -> None:
+    if query.dim() not in (2, 3):
+        raise MultiheadAttentionError(
+            f"query should be unbatched 2D or batched 3D tensor but received {query.dim()}-D query tensor"
+        )
+    if key.dim() != query.dim() or value.dim() != query.dim():
+        which = "For batched (3-D) `query`" if query.dim() == 3 else "For unbatched (2-D) `query`"
+        raise MultiheadAttentionError(
+            f"{which}, expected `key` and `value` to be {query.dim()}-D"
+            f" but found {key.dim()}-D and {value.dim()}-D tensors respectively"
+        )
+    widths = (("query", query, module.embed_dim), ("key", key, module.kdim), ("value", value, module.vdim))
+    for name, x, width in widths:
+        if x.shape[-1] != width:
+            raise MultiheadAttentionError(
+                f"{name}: was expecting embedding dimension of {width}, but got {x.shape[-1]}"
+            )
+    if key.shape[:-1] != value.shape[:-1]:
+        raise MultiheadAttentionError(
+            f"key's sequence and batch dims {key.shape[:-1]} do not match value's {value.shape[:-1]}"
+            f" (key shape {key.shape} does not match value shape {value.shape})"
+        )
+    raise MultiheadAttentionError(
+        f"query and key must have the same batch size, got {query.shape[batch_axis]} and {key.shape[batch_axis]}"
+        f" (batch_first={module.batch_first})"
+    )
 
 
 def check_masks(
@@ -78,15 +125,16 @@ def attention_masks(
 
     if key_padding_mask is not None and key_padding_mask.is_floating_point():
         key_padding_mask = as_bool_if_hard(key_padding_mask)
-    if key_padding_mask is not None:
-        by_key = key_padding_mask[:, None, None, :]
+    if key_padding_mask is not None and not _hides_nothing(key_padding_mask):
         if key_padding_mask.dtype == torch.bool:
-            keep = ~by_key
+            real = ~key_padding_mask
             if key_lengths is None and added_keys == 0:
-                key_lengths = lengths_if_padded_right(keep[:, 0, 0])
-                keep = None if key_lengths is not None else keep
+                key_lengths = lengths_if_padded_right(real)
+                keep = None if key_lengths is not None else real[:, None, None, :]
+            else:
+                keep = real[:, None, None, :]
         else:
-            bias = by_key
+            bias = key_padding_mask[:, None, None, :]
     if attn_mask is not None:
         by_query = attn_mask if attn_mask.dim() == 2 else attn_mask.view(batch, heads, length, keys)
         if attn_mask.dtype == torch.bool:
@@ -104,6 +152,10 @@ def attention_masks(
         keep = None if keep is None else F.pad(keep, (0, added_keys), value=True)
         bias = None if bias is None else F.pad(bias, (0, added_keys))
     return {"keep": keep, "bias": bias, "causal": causal, "k_lengths": key_lengths}
+
+
+def _hides_nothing(mask: Tensor) -> bool:
+    return mask.dtype == torch.bool and may_look(mask) and not bool(mask.any())
 
 
 def may_look(x: Tensor) -> bool:
