@@ -14,7 +14,7 @@ from fused_transformer.config import TransformerConfig
 from fused_transformer.embedding import TokenEmbedding
 from fused_transformer.incremental import DecoderState
 from fused_transformer.layers import DecoderLayer, EncoderLayer
-from fused_transformer.masks import lengths_if_padded_right
+from fused_transformer.masks import lengths_if_padded_right, may_look
 from fused_transformer.packing import pack_memory, packing_if_worth_it
 
 
@@ -161,7 +161,7 @@ class Transformer(nn.Module):
         """
         real = tokens != self.config.padding_idx
         lengths = real.sum(-1)
-        if tokens.device.type == "cpu" and not torch.compiler.is_compiling():
+        if may_look(tokens):
             before_end = torch.arange(tokens.shape[-1]) < lengths[:, None]
             if not torch.equal(before_end, real):
                 row = int((before_end != real).any(-1).nonzero()[0])

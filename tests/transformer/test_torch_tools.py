@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call, grad, vmap
 from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import spectral_norm, weight_norm
@@ -14,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import fused_transformer as ours
 from tests.inputs import normal
 from tests.oracle import assert_equal
-from tests.transformer.models import SOURCE, TARGET, tiny
+from tests.transformer.models import PAD, SOURCE, TARGET, tiny
 
 E, H, F = 16, 4, 32
 
@@ -100,6 +101,18 @@ def test_gradients_of_each_example_by_vmap():
         layer(example[None]).square().sum().backward()
         for name, p in layer.named_parameters():
             torch.testing.assert_close(each[name][index], p.grad)
+
+
+def test_a_model_under_vmap_and_on_fake_tensors():
+    """Nothing chooses by numbers that are not there: padding is not looked for, and not packed away."""
+    model = tiny().eval()
+    sources, targets = torch.stack([SOURCE, SOURCE.flip(0)]), torch.stack([TARGET, TARGET.flip(0)])
+    each = vmap(model)(sources, targets)
+    for got, source, target in zip(each, sources, targets, strict=True):
+        real = target != PAD
+        torch.testing.assert_close(got[real], model(source, target)[real])
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert model(SOURCE, TARGET).shape == (3, 5, 31)
 
 
 def test_a_model_has_as_many_flops_as_torchs():
