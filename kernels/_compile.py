@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
+from torch.utils.flop_counter import register_flop_formula  # brings triton along, as the first call of an op would
 
 from fused_transformer.kernels._checks import PLAIN_TYPES
 
