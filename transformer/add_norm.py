@@ -13,6 +13,8 @@ class AddLayerNorm(nn.LayerNorm):
     Parameters and state_dict are nn.LayerNorm's.
 
     Shapes: x and residual (..., E) to (..., E).
+    Dtypes: that of x + residual. So under torch.autocast, where x comes from a linear in 16 bits and the embedding is
+        float32, the stream stays float32 from layer to layer; see `fused_transformer.kernels.layer_norm`.
     Source: Vaswani et al. 2017, section 3.1 ("Add & Norm"); Ba et al. 2016, eq. 4.
     """
 

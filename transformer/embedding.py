@@ -27,7 +27,8 @@ class TokenEmbedding(nn.Module):
         padding_idx: the token whose rows are 0 and give no gradient; None: there is none.
         dropout: probability, in training, of zeroing an element of the sum.
 
-    Shapes: tokens (B, L) int32 or int64; y (B, L, E) in weight's dtype. Any length: the table is never a limit.
+    Shapes: tokens (B, L) int32 or int64; y (B, L, E) in weight's dtype, under torch.autocast too. Any length: the table
+        is never a limit.
 
     Initial weights: normal with standard deviation E^-½ (as tensor2tensor), so √E · weight has variance 1, and so have
     the logits where the table is also the output projection.
