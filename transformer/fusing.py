@@ -52,6 +52,9 @@ def fuse(model: nn.Module, *, keep: Iterable[str] = (), skip_padding: bool = Fal
     dtype, requires_grad and names are what they were, state_dict and checkpoints too, and a module used in two places
     is swapped in both.
 
+    What our classes do otherwise is in their docstrings: in short, no NaN for rows with nothing to attend to, the same
+    numbers in train and eval, and a gradient of a gradient is an error.
+
     Left alone, with the reason in the report: subclasses (they may compute something else), modules with
     parametrizations, quantised or sharded ones, TorchScript, and modules whose forward was replaced. Inside our layers
     they are called as in torch's.

@@ -197,9 +197,11 @@ def test_torchs_encoder_may_hand_our_layers_nested_tensors():
 def test_nested_tensors_with_masks_are_refused():
     layer = make(ours_nn, "encoder_layer")
     nested = torch.nested.as_nested_tensor([normal(3, E), normal(2, E)])
-    for options in ({"src_mask": causal(3)}, {"return_attention": True}):
+    unknown = make(ours_nn, "encoder", activation=torch.tanh)
+    calls = [(layer, {"src_mask": causal(3)}), (layer, {"return_attention": True}), (unknown, {})]
+    for module, options in calls:
         with pytest.raises(ValueError, match="nested tensors are supported in the strided layout"):
-            layer(nested, **options)
+            module(nested, **options)
 
 
 # ------------------------------------------------------------------ dropout

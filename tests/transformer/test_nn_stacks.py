@@ -58,6 +58,7 @@ DECODER_MASKS = {
     },
     "pairs": {"tgt_mask": causal(L).flip(0, 1), "memory_mask": torch.ones(L, S).triu(3).bool()},
     "hint": {"tgt_mask": causal(L), "tgt_is_causal": True},
+    "memory_hint": {"memory_mask": torch.ones(L, S).triu(1).bool(), "memory_is_causal": True},
 }
 
 
@@ -235,7 +236,7 @@ def test_skip_padding_zeroes_the_rows_of_any_encoder(norm_first, batch_first, ma
     torch.testing.assert_close(out[~rows], expected[~rows])
 
 
-@pytest.mark.parametrize("masks", ["usual", "pairs", "none"])
+@pytest.mark.parametrize("masks", ["usual", "pairs", "none", "memory_hint"])
 @pytest.mark.parametrize("batch_first", [True, False])
 @pytest.mark.parametrize("norm_first", [True, False])
 def test_skip_padding_zeroes_the_rows_of_a_decoder(norm_first, batch_first, masks):

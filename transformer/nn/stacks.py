@@ -42,11 +42,13 @@ class _Stack(nn.Module):
         if not keys.packable:
             return None
         packing = packing_if_worth_it(keys.lengths, x if self._batch_first() else x.transpose(0, 1))
-        if packing is None or not all(cast(_Layer, layer).takes_packed() for layer in self.layers):
-            return None
-        if self.norm is not None and not is_layer_norm(self.norm):
+        if packing is None or not self._takes_packed():
             return None
         return packing if self._batch_first() else _length_first(packing)
+
+    def _takes_packed(self) -> bool:
+        by_position = self.norm is None or is_layer_norm(self.norm)
+        return by_position and all(cast(_Layer, layer).takes_packed() for layer in self.layers)
 
     def _batch_first(self) -> bool:
         return bool(self.layers[0].self_attn.batch_first)  # type: ignore[union-attr]
@@ -116,11 +118,11 @@ class TransformerEncoder(_Stack, nn.TransformerEncoder):
         """
         keys = Keys(mask, src_key_padding_mask, bool(is_causal))
         chains = self.chains()
-        if src.is_nested and chains and keys.packable and not return_attention:
+        if src.is_nested and chains and keys.packable and not return_attention and self._takes_packed():
             return run_nested(src, keys.is_causal, lambda stream, packed: self._chained(stream, packed, False)[0])
         padded = not src.is_nested and src.dim() == 3 and src_key_padding_mask is not None
         zeros, skips = padded and self.skip_padding, padded and (self.skip_padding or rows_unread)
-        if not chains:
+        if src.is_nested or not chains:
             out, weights = self._one_by_one(src, keys, return_attention)
         else:
             keys = settled(cast(TransformerEncoderLayer, self.layers[0]).self_attn, keys, src, src)
@@ -145,11 +147,12 @@ class TransformerEncoder(_Stack, nn.TransformerEncoder):
         theirs = [_as_float(mask, x.dtype) for mask in (keys.attn_mask, keys.key_padding_mask)]
         for layer in self.layers:
             if isinstance(layer, TransformerEncoderLayer):
-                arguments = (keys.attn_mask, keys.key_padding_mask, keys.is_causal)
-                x = layer(x, *arguments, **_return_attention(wants_weights))
+                masks = [keys.attn_mask, keys.key_padding_mask]
             else:
                 _refuse_weights(layer, wants_weights)
-                x = layer(x, src_mask=theirs[0], is_causal=keys.is_causal, src_key_padding_mask=theirs[1])
+                masks = theirs
+            options = {"src_mask": masks[0], "is_causal": keys.is_causal, "src_key_padding_mask": masks[1]}
+            x = layer(x, **options, **_return_attention(wants_weights))
             if wants_weights:
                 x, seen = x
                 weights.append(seen)
@@ -196,7 +199,7 @@ class TransformerDecoder(_Stack, nn.TransformerDecoder):
             own = settled(first.self_attn, own, tgt, tgt)
             of_memory = settled(first.multihead_attn, of_memory, tgt, memory)
             packing = None
-            if skips and not return_attention and of_memory.packable and not memory_is_causal:
+            if skips and not return_attention and of_memory.packable:
                 packing = self._packing(tgt, own)
             if packing is not None:
                 by_batch = memory if self._batch_first() else memory.transpose(0, 1)
