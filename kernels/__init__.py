@@ -28,6 +28,7 @@ from fused_transformer.kernels.layer_norm import (
     layer_norm,
     rms_norm,
 )
+from fused_transformer.kernels.log_softmax_top_k import log_softmax_top_k
 
 __all__ = [
     "BACKENDS",
@@ -45,6 +46,7 @@ __all__ = [
     "decode_attention_with_lse",
     "embedding",
     "layer_norm",
+    "log_softmax_top_k",
     "new_seed",
     "observe",
     "rms_norm",

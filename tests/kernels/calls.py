@@ -116,6 +116,11 @@ def cross_entropy(device: str) -> Call:
     return Call(kernels.cross_entropy, tensors, options)
 
 
+def log_softmax_top_k(device: str) -> Call:
+    tensors = {"logits": normal(6, 33, device=device), "addend": normal(6, device=device)}
+    return Call(kernels.log_softmax_top_k, tensors, {"k": 5, "beams": 3})
+
+
 CALLS = {
     make.__name__: make
     for make in (
@@ -132,6 +137,7 @@ CALLS = {
         embedding_ids,
         bias_act,
         cross_entropy,
+        log_softmax_top_k,
     )
 }
-DIFFERENTIABLE = [name for name in CALLS if name != "decode_attention"]
+DIFFERENTIABLE = [name for name in CALLS if name not in ("decode_attention", "log_softmax_top_k")]
