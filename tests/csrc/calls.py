@@ -16,6 +16,8 @@ from torch import Tensor
 from fused_transformer.kernels import (
     add_layer_norm_with_total,
     add_rms_norm_with_total,
+    attention_weights,
+    attention_with_lse,
     bias_act,
     cross_entropy,
     decode_attention_with_lse,
@@ -136,10 +138,53 @@ def decode_attention_calls() -> Iterator[tuple[str, Call]]:
         yield f"{name}_by_table", (function, tensors, {"lengths": lengths, "rows": table})
 
 
+def attention_calls() -> Iterator[tuple[str, Call]]:
+    def qkv(B, H, Hk, L, S, D, dtype):
+        shapes = {"q": (B, H, L, D), "k": (B, Hk, S, D), "v": (B, Hk, S, D)}
+        return {name: normal(*shape, dtype=dtype) for name, shape in shapes.items()}
+
+    seed = torch.tensor([2**33 - 5])
+    # by head width, of which each has kernels of its own (csrc/attention/device_launch.cuh)
+    yield "plain", (attention_with_lse, qkv(1, 2, 2, 70, 100, 32, BF16), {})
+    options = {"causal": "bottom_right", "k_lengths": torch.tensor([70, 0, 33])}
+    yield "causal_with_lengths", (attention_with_lse, qkv(3, 1, 1, 40, 70, 64, F16), options)
+    yield "unaligned_width", (attention_with_lse, qkv(1, 1, 1, 33, 65, 81, BF16), {"causal": "top_left"})
+    yield "wide_heads", (attention_with_lse, qkv(1, 1, 1, 33, 70, 128, BF16), {"window": (20, 5)})
+    yield "widest_heads", (attention_with_lse, qkv(1, 1, 1, 17, 40, 256, F16), {})
+
+    tensors = qkv(2, 4, 2, 40, 75, 64, BF16)
+    tensors["bias"] = normal(1, 4, 40, 75, dtype=BF16)
+    options = {"keep": torch.rand(2, 1, 40, 75) < 0.7, "window": (60, 30), "dropout_p": 0.2, "seed": seed}
+    yield "all_at_once", (attention_with_lse, tensors, options)
+    tensors = qkv(1, 2, 1, 20, 70, 33, F32)
+    tensors["bias"] = normal(20, 70)
+    options = {"keep": torch.rand(1, 2, 20, 70) < 0.7, "dropout_p": 0.2, "seed": seed}
+    yield "float32", (attention_with_lse, tensors, options)
+    yield "float32_wide_heads", (attention_with_lse, qkv(1, 1, 1, 10, 40, 130, F32), {"causal": "bottom_right"})
+
+    tensors = qkv(2, 1, 1, 20, 70, 32, BF16)
+    masked = torch.arange(70) % 7 == 3
+    for name in ("k", "v"):
+        tensors[name][:, :, masked] = torch.nan
+    yield "nan_where_masked", (attention_with_lse, tensors, {"keep": ~masked.expand(20, 70)})
+
+    packed = {name: normal(60, 2, 16, dtype=F16) for name in ("q", "k", "v")}
+    options = {"q_offsets": torch.tensor([0, 33, 33, 57]), "causal": "top_left"}
+    yield "packed", (attention_with_lse, packed, options)
+
+    def weights(q, k):
+        _, lse = attention_with_lse(q, k, k, causal="bottom_right")
+        return attention_weights(q, k, lse, causal="bottom_right")
+
+    tensors = qkv(1, 2, 2, 20, 70, 48, BF16)
+    yield "weights", (weights, {"q": tensors["q"], "k": tensors["k"]}, {})
+
+
 CALLS: dict[str, Callable[[], Iterator[tuple[str, Call]]]] = {
     "bias_act": bias_act_calls,
     "cross_entropy": cross_entropy_calls,
     "decode_attention": decode_attention_calls,
     "embedding": embedding_calls,
+    "attention": attention_calls,
     "layer_norm": layer_norm_calls,
 }

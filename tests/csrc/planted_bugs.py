@@ -97,10 +97,10 @@ BUGS: tuple[Bug, ...] = (
         "const int64_t row = int64_t(blockIdx.x / 2) * kRows + threadIdx.x / kThreads;",
     ),
     layer_norm(
-        "the mean's own rounding is added, not taken off",
+        "the variance of one column less",
         FORWARD,
-        "shift = -correction * rstd",
-        "shift = correction * rstd",
+        "const float variance = rest_and_squares[1] / float(args.N)",
+        "const float variance = rest_and_squares[1] / float(args.N - 1)",
     ),
     layer_norm(
         "too little shared memory",
