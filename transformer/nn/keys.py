@@ -64,7 +64,7 @@ class Keys:
 
     @property
     def packable(self) -> bool:
-        """Whether a packed batch can be masked like this: by lengths and is_causal alone."""
+        """Whether there are no masks but lengths and is_causal, which a packed batch can have too."""
         return self.attn_mask is None and self.key_padding_mask is None
 
     def packed(self, queries: Packing, k_offsets: Tensor | None = None) -> Keys:

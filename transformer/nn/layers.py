@@ -249,7 +249,7 @@ class TransformerDecoderLayer(_Layer, nn.TransformerDecoderLayer):
 
 def settled(attention: nn.Module, keys: Keys, queries: Tensor, memory: Tensor) -> Keys:
     """`Keys.settled` for an attention that is ours; others take torch.nn's masks as they are."""
-    if not plain(attention, MultiheadAttention):
+    if keys.packable or not plain(attention, MultiheadAttention):  # no masks, or another's business
         return keys
     if queries.dim() != 3:
         return keys.settled(None, queries.shape[0], memory.shape[0])
