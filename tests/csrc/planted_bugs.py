@@ -39,6 +39,10 @@ def decode_attention(name: str, right: str, wrong: str) -> Bug:
     return Bug("decode_attention", name, "decode_attention/forward.cu", right, wrong)
 
 
+def log_softmax_top_k(name: str, file: str, right: str, wrong: str) -> Bug:
+    return Bug("log_softmax_top_k", name, f"log_softmax_top_k/{file}", right, wrong)
+
+
 REDUCE, FORWARD, BACKWARD = "common/reduce.cuh", "layer_norm/forward.cu", "layer_norm/backward.cu"
 
 BUGS: tuple[Bug, ...] = (
@@ -193,10 +197,10 @@ BUGS: tuple[Bug, ...] = (
         "",
     ),
     embedding(
-        "an eighth of a turn too much",
+        "half a turn keeps its sign",
         "device_sine.cuh",
-        "floor(angle * kTwoOverPi + 0.5)",
-        "floor(angle * kTwoOverPi + 1.0)",
+        "return quadrant & 2 ? -value : value;",
+        "return quadrant & 4 ? -value : value;",
     ),
     embedding(
         "one token too many in a chunk",
@@ -289,10 +293,10 @@ BUGS: tuple[Bug, ...] = (
         "shared[threadIdx.x / kWarp] = v;",
     ),
     cross_entropy(
-        "one warp's maximum is left out",
+        "two halves of a warp have each their maximum",
         "forward.cu",
-        "for (int warp = 0; warp < kThreads / kWarp; ++warp)",
-        "for (int warp = 1; warp < kThreads / kWarp; ++warp)",
+        "for (int offset = kWarp / 2; offset > 0; offset /= 2) v = fmaxf",
+        "for (int offset = kWarp / 4; offset > 0; offset /= 2) v = fmaxf",
     ),
     cross_entropy(
         "sums are not carried over to the new maximum",
@@ -376,5 +380,41 @@ BUGS: tuple[Bug, ...] = (
         "a group of lanes sums too few of them",
         "int offset = kLanes / 2;",
         "int offset = kLanes / 4;",
+    ),
+    log_softmax_top_k(
+        "no barrier before the warps' lists are merged",
+        "rows.cu",
+        "  __syncthreads();\n  if (warp > 0) return;\n  sum =",
+        "  if (warp > 0) return;\n  sum =",
+    ),
+    log_softmax_top_k(
+        "no barrier before the beams' lists are merged",
+        "rows.cu",
+        "  __syncthreads();\n  if (warp > 0) return;\n\n  bool mine",
+        "  if (warp > 0) return;\n\n  bool mine",
+    ),
+    log_softmax_top_k(
+        "a load beyond the row's end",
+        "rows.cu",
+        "const bool present = col < stop;",
+        "const bool present = col <= stop;",
+    ),
+    log_softmax_top_k(
+        "one warp's list is left out",
+        "rows.cu",
+        "for (int other = 1; other < kWarps; ++other)",
+        "for (int other = 2; other < kWarps; ++other)",
+    ),
+    log_softmax_top_k(
+        "of equal numbers the later first",
+        "device_best.cuh",
+        "place < other.place",
+        "place > other.place",
+    ),
+    log_softmax_top_k(
+        "nothing moves from one register of the lanes to the next",
+        "device_best.cuh",
+        "if (lane == 0) previous = carried;",
+        "if (lane == kWarp) previous = carried;",
     ),
 )
