@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fused_transformer.kernels import log_softmax_top_k
+
 Step = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 _NEVER = float("-inf")
@@ -65,15 +67,15 @@ def _store(
     found.lengths[sentences], found.scores[sentences], found.finished[sentences] = lengths, scores, finished
 
 
-def _next_log_probs(step: Step, prefixes: Tensor, sentences: Tensor, parents: Tensor) -> Tensor:
+def _next_logits(step: Step, prefixes: Tensor, sentences: Tensor, parents: Tensor) -> Tensor:
     logits = step(prefixes, sentences, parents)
     if logits.dim() != 2 or logits.shape[0] != prefixes.shape[0]:
         raise ValueError(f"step must return logits ({prefixes.shape[0]}, V), got {tuple(logits.shape)}")
-    return torch.log_softmax(logits if logits.dtype == torch.float64 else logits.float(), -1)
+    return logits
 
 
 def _refuse_nan(log_probs: Tensor) -> None:
-    # Called on the chosen few: NaN sorts above every number, so it would be among them.
+    # Called on the chosen few: where one logit is NaN, they are.
     if log_probs.isnan().any():
         raise ValueError("the logits hold NaN, so no next token can be chosen")
 
@@ -108,7 +110,7 @@ def search_greedy(
     prefixes = torch.full_like(sentences, bos_idx)[:, None]
     parents, scores = sentences, torch.zeros_like(sentences, dtype=torch.float32)
     while sentences.numel():
-        log_prob, token = _next_log_probs(step, prefixes, sentences, parents).max(-1)
+        log_prob, token = (x[:, 0] for x in log_softmax_top_k(_next_logits(step, prefixes, sentences, parents), 1))
         _refuse_nan(log_prob)
         scores = scores + log_prob
         prefixes = torch.cat([prefixes, token[:, None]], 1)
@@ -201,12 +203,11 @@ def search_beams(
     while sentences.numel():
         length += 1
         rows = sentences.repeat_interleave(beam_size)
-        log_probs = _next_log_probs(step, alive.flatten(0, 1), rows, parents.flatten())
-        vocabulary = log_probs.shape[1]
+        logits = _next_logits(step, alive.flatten(0, 1), rows, parents.flatten())
+        vocabulary = logits.shape[1]
         if vocabulary < 2:
             raise ValueError(f"beam search needs at least 2 tokens to choose from, got {vocabulary}")
-        log_probs = log_probs.view(*alive.shape[:2], vocabulary) + alive_log_probs[..., None]
-        likeliest, place = log_probs.flatten(1).topk(2 * beam_size)
+        likeliest, place = log_softmax_top_k(logits, 2 * beam_size, beams=beam_size, addend=alive_log_probs.flatten())
         _refuse_nan(likeliest)
         token, beam = place % vocabulary, place // vocabulary
         grown = torch.cat([alive.gather(1, beam[..., None].expand(-1, -1, length)), token[..., None]], 2)

@@ -23,6 +23,7 @@ from fused_transformer.kernels import (
     decode_attention_with_lse,
     embedding,
     layer_norm,
+    log_softmax_top_k,
     rms_norm,
 )
 from tests.inputs import as_offset, as_strided, normal
@@ -180,6 +181,23 @@ def attention_calls() -> Iterator[tuple[str, Call]]:
     yield "weights", (weights, {"q": tensors["q"], "k": tensors["k"]}, {})
 
 
+def log_softmax_top_k_calls() -> Iterator[tuple[str, Call]]:
+    function = torch.no_grad()(log_softmax_top_k)
+    # rows, beams, columns, kept, dtype: above 4096 columns there are parts, above 32 kept a lane holds two
+    sizes = {
+        "a_part": (6, 2, 700, 8, F32),
+        "parts": (2, 2, 4200, 40, BF16),
+        "one_element_at_a_time": (6, 3, 67, 10, F16),
+    }
+    for name, (rows, beams, cols, k, dtype) in sizes.items():
+        tensors = {"logits": normal(rows, cols, dtype=dtype), "addend": normal(rows)}
+        yield name, (function, tensors, {"k": k, "beams": beams})
+    # torch's stable sorts in the reference say which of equal ones come first
+    equal = torch.randint(3, (600,)).float().repeat(5, 1)
+    yield "ties", (function, {"logits": equal}, {"k": 50, "beams": 5})
+    yield "rising", (function, {"logits": torch.arange(520.0).repeat(2, 1)}, {"k": 33, "beams": 2})
+
+
 CALLS: dict[str, Callable[[], Iterator[tuple[str, Call]]]] = {
     "bias_act": bias_act_calls,
     "cross_entropy": cross_entropy_calls,
@@ -187,4 +205,5 @@ CALLS: dict[str, Callable[[], Iterator[tuple[str, Call]]]] = {
     "embedding": embedding_calls,
     "attention": attention_calls,
     "layer_norm": layer_norm_calls,
+    "log_softmax_top_k": log_softmax_top_k_calls,
 }

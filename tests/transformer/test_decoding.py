@@ -12,6 +12,7 @@ import torch
 from fused_transformer import Transformer, TransformerConfig
 from fused_transformer.decoding import beam_search, greedy
 from fused_transformer.search import search_beams, search_greedy
+from tests.inputs import running_on
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -195,6 +196,19 @@ def test_greedy_follows_the_likeliest_token():
         finished = prefix[-1] == EOS
         assert_hypotheses(found, sentence, [(prefix[1:-1] if finished else prefix[1:], total, finished)], 1)
     assert found.finished.any() and not found.finished.all(), "both ways to end are to be seen here"
+
+
+@pytest.mark.parametrize("backend", ["cuda", "cpu"])
+@pytest.mark.parametrize("search", [search_greedy, partial(search_beams, beam_size=4, top_beams=3)])
+def test_the_kernels_choose_what_torch_chooses(search, backend):
+    model, max_lengths = ToyModel(6, 9), torch.tensor([9, 1, 4, 9, 9, 2])
+
+    def step(prefixes, sentences, parents):
+        return model.step(prefixes, sentences, parents).float()
+
+    with running_on(backend):
+        found = search(step, max_lengths)
+    assert_same(found, search(model.step, max_lengths))
 
 
 def test_a_beam_of_one_may_look_past_the_first_eos():
