@@ -166,14 +166,18 @@ def test_layers_of_others_return_no_attention():
 
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage")
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged], ids=str)
 @pytest.mark.parametrize("kind", ["encoder_layer", "encoder"])
 @pytest.mark.parametrize("is_causal", [False, True])
-def test_nested_tensors_go_in_and_come_out(kind, is_causal):
+def test_nested_tensors_go_in_and_come_out(kind, is_causal, layout):
     module, _ = twins(kind)
     sequences = [normal(length, E) for length in (7, 1, 4)]
     leaves = [x.clone().requires_grad_() for x in sequences]
-    out = module(torch.nested.as_nested_tensor(leaves), is_causal=is_causal)
-    assert out.is_nested
+    nested = torch.nested.as_nested_tensor(leaves, layout=layout)
+    out = module(nested, is_causal=is_causal)
+    assert out.is_nested and out.layout == layout
+    if layout == torch.jagged:
+        assert (nested + out).is_nested  # the same ragged axis
     singles = [x.clone().requires_grad_() for x in sequences]
     expected = [module(x[None], is_causal=is_causal)[0] for x in singles]
     torch.testing.assert_close(list(out.unbind()), expected)
@@ -198,9 +202,13 @@ def test_nested_tensors_with_masks_are_refused():
     layer = make(ours_nn, "encoder_layer")
     nested = torch.nested.as_nested_tensor([normal(3, E), normal(2, E)])
     unknown = make(ours_nn, "encoder", activation=torch.tanh)
+    narrow = torch.nested.narrow(normal(2, 5, E), 1, torch.tensor([0, 1]), torch.tensor([3, 2]), layout=torch.jagged)
+    for module in (layer, make(ours_nn, "encoder")):
+        with pytest.raises(ValueError, match="holes between their sequences"):
+            module(narrow)
     calls = [(layer, {"src_mask": causal(3)}), (layer, {"return_attention": True}), (unknown, {})]
     for module, options in calls:
-        with pytest.raises(ValueError, match="nested tensors are supported in the strided layout"):
+        with pytest.raises(ValueError, match="nested tensors are supported without masks"):
             module(nested, **options)
 
 

@@ -93,6 +93,12 @@ def padded_rows(key_padding_mask: Tensor) -> Tensor:
 
 def run_nested(nested: Tensor, is_causal: bool, run: Callable[[Stream, Keys], Tensor]) -> Tensor:
     """A nested tensor is a packed batch: `run` gets it as such, and its result becomes nested again."""
+    if nested.layout == torch.jagged:
+        if nested.lengths() is not None:  # type: ignore[attr-defined]
+            raise ValueError("jagged tensors with holes between their sequences are not supported: call contiguous()")
+        offsets = nested.offsets()  # type: ignore[attr-defined]
+        out = run(Stream(nested.values()), Keys(is_causal=is_causal, q_offsets=offsets))
+        return torch.nested.nested_tensor_from_jagged(out, offsets)
     sequences = nested.unbind()
     lengths = [len(sequence) for sequence in sequences]
     offsets = torch.tensor([0, *lengths], device=nested.device).cumsum(0)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -138,11 +137,10 @@ class TransformerEncoderLayer(_Layer, nn.TransformerEncoderLayer):
     def _run_nested(self, src, src_mask, src_key_padding_mask, is_causal, return_attention):
         """A nested tensor is a packed batch: what torch.nn.TransformerEncoder makes of a padded one in eval mode."""
         masked = src_mask is not None or src_key_padding_mask is not None
-        if masked or return_attention or src.layout != torch.strided or not self.takes_packed():
+        if masked or return_attention or not self.takes_packed():
             raise ValueError(
-                "nested tensors are supported in the strided layout, without masks (but is_causal), without "
-                "return_attention, by layers whose parts are torch.nn's or ours; pass a padded tensor and "
-                "src_key_padding_mask instead"
+                "nested tensors are supported without masks (but is_causal) and return_attention, by layers whose "
+                "parts are torch.nn's or ours; pass a padded tensor and src_key_padding_mask instead"
             )
         return run_nested(src, is_causal, lambda stream, keys: self._run(stream, keys, False)[0].total())
 
