@@ -56,9 +56,9 @@ FT_DEVICE void sum_run(const EmbeddingBackwardSorted& args, int64_t token, int64
   }
 }
 
-// grid (ceil(N / kWarps), ceil(E / (kWarp * kVec))), block (kWarps * kWarp)
+// grid (ceil(N / kWarps), ceil(E / (kWarp * kVec))), block (kWarps * kWarp), eight at once: up to 64 registers a thread
 template <class T, int kVec>
-__global__ void __launch_bounds__(kWarps* kWarp) embedding_backward_kernel(const EmbeddingBackwardSorted args) {
+__global__ void __launch_bounds__(kWarps* kWarp, 8) embedding_backward_kernel(const EmbeddingBackwardSorted args) {
   const int64_t first = int64_t(blockIdx.x) * kWarps + threadIdx.x / kWarp;
   if (first >= args.N) return;
   const int64_t token = token_at(args, first);
