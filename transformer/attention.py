@@ -11,6 +11,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from fused_transformer.kernels import attention, attention_weights, attention_with_lse, new_seed
 from fused_transformer.masks import MultiheadAttentionError, attention_masks, check_inputs, check_masks
+from fused_transformer.nested import forward_nested
 
 
 def _no_op(module: nn.Module, args: tuple) -> None:
@@ -111,11 +112,13 @@ class MultiheadAttention(nn.MultiheadAttention):
         """Attends from each query to the keys that no mask hides.
 
         Args:
-            query: (N, L, E) if batch_first, else (L, N, E); unbatched (L, E) in both cases.
+            query: (N, L, E) if batch_first, else (L, N, E); unbatched (L, E) in both cases. Nested tensors, jagged or
+                strided, if batch_first: then key and value are nested too, and no mask but is_causal goes with them.
             key, value: (N, S, kdim) and (N, S, vdim), or in query's order of axes.
             key_padding_mask: (N, S), unbatched (S). bool: True = ignore this key. float: added to its scores.
             need_weights: return the weights too.
-            attn_mask: (L, S) or (N·H, L, S). bool: True = ignore. float: added to the scores; has a gradient.
+            attn_mask: (L, S), (N·H, L, S) or (N or 1, H or 1, L, S). bool: True = ignore. float: added to the scores;
+                has a gradient.
             average_attn_weights: the mean over the heads instead of each head's weights.
             is_causal: query i sees keys 0 ... i only.
             key_lengths: (N,) integers: keys at and beyond the length are ignored. Batched inputs only.
@@ -129,7 +132,16 @@ class MultiheadAttention(nn.MultiheadAttention):
                 key more each for add_bias_kv and add_zero_attn. None if not need_weights.
         """
         if query.is_nested or key.is_nested or value.is_nested:
-            return self._forward_nested(query, key, value, key_padding_mask, need_weights, attn_mask, is_causal)
+            return forward_nested(
+                self,
+                query,
+                key,
+                value,
+                masked=key_padding_mask is not None or attn_mask is not None or key_lengths is not None,
+                need_weights=need_weights,
+                average_attn_weights=average_attn_weights,
+                is_causal=is_causal,
+            )
         if q_offsets is not None or k_offsets is not None:
             masked = key_padding_mask is not None or attn_mask is not None or key_lengths is not None
             return self._forward_packed(query, key, value, masked, need_weights, is_causal, q_offsets, k_offsets), None
@@ -167,7 +179,11 @@ class MultiheadAttention(nn.MultiheadAttention):
     def project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The heads' queries, keys and values: (N, H, L, D), (N, H, S, D) twice. Inputs as `forward` takes them."""
         if query is key and key is value and self._qkv_same_embed_dim:  # one product instead of three
-            q, k, v = F.linear(query, self.in_proj_weight, self.in_proj_bias).chunk(3, dim=-1)
+            weight: Tensor = self.in_proj_weight
+            bias: Tensor | None = self.in_proj_bias
+            if bias is not None and bias.dtype != weight.dtype:
+                bias = bias.to(weight.dtype)
+            q, k, v = F.linear(query, weight, bias).chunk(3, dim=-1)
             return self._split_heads(q), self._split_heads(k), self._split_heads(v)
         return self.project_query(query), *self.project_keys(key, value)
 
@@ -198,7 +214,7 @@ class MultiheadAttention(nn.MultiheadAttention):
             weight = self.in_proj_weight.narrow(0, start, rows)
         else:
             weight = getattr(self, f"{name}_proj_weight")
-        return weight, None if bias is None else bias.narrow(0, start, rows)
+        return weight, None if bias is None else bias.narrow(0, start, rows).to(weight.dtype)
 
     def _split_heads(self, x: Tensor) -> Tensor:
         """`forward`'s axes to (N, H, L, D), without a copy."""
@@ -233,16 +249,3 @@ class MultiheadAttention(nn.MultiheadAttention):
         dropout_p = self.dropout if self.training else 0.0
         heads = attention(q, k, v, q_offsets=q_offsets, k_offsets=k_offsets, causal=causal, dropout_p=dropout_p)
         return self.out_proj(heads.flatten(1))
-
-    def _forward_nested(self, query, key, value, key_padding_mask, need_weights, attn_mask, is_causal):
-        """Strided nested tensors: what nn.TransformerEncoder makes of a padded batch in eval mode."""
-        plain = query is key and key is value and key_padding_mask is None and attn_mask is None
-        if not plain or need_weights or query.layout != torch.strided or not self.batch_first:
-            raise MultiheadAttentionError(
-                "nested tensors are supported for self-attention with batch_first=True and need_weights=False, in the "
-                "strided layout and without masks; pass a padded tensor and key_padding_mask or key_lengths instead"
-            )
-        lengths = torch.tensor([len(sequence) for sequence in query.unbind()], device=query.device)
-        padded = query.to_padded_tensor(0.0)
-        out, _ = self.forward(padded, padded, padded, need_weights=False, is_causal=is_causal, key_lengths=lengths)
-        return torch.nested.as_nested_tensor([row[:n] for row, n in zip(out, lengths.tolist(), strict=True)]), None

@@ -30,11 +30,16 @@ def check_inputs(module: nn.MultiheadAttention, query: Tensor, key: Tensor, valu
         _complain(module, query, key, value, batch_axis)
 
 
-def _complain(module: nn.MultiheadAttention, query: Tensor, key: Tensor, value: Tensor, batch_axis: int) -> None:
+def check_axes(query: Tensor) -> None:
+    """An error unless the query is 2-D or 3-D."""
     if query.dim() not in (2, 3):
         raise MultiheadAttentionError(
             f"query should be unbatched 2D or batched 3D tensor but received {query.dim()}-D query tensor"
         )
+
+
+def _complain(module: nn.MultiheadAttention, query: Tensor, key: Tensor, value: Tensor, batch_axis: int) -> None:
+    check_axes(query)
     if key.dim() != query.dim() or value.dim() != query.dim():
         which = "For batched (3-D) `query`" if query.dim() == 3 else "For unbatched (2-D) `query`"
         raise MultiheadAttentionError(
@@ -83,11 +88,17 @@ def check_masks(
                 f" (key_padding_mask has shape {tuple(key_padding_mask.shape)})"
             )
     if attn_mask is not None:
-        if attn_mask.dim() not in (2, 3):
+        if attn_mask.dim() not in (2, 3, 4):
             raise MultiheadAttentionError(
                 f"{which}, expected `attn_mask` to be `None`, 2-D or 3-D but found {attn_mask.dim()}-D tensor instead"
             )
-        expected = (length, keys) if attn_mask.dim() == 2 else ((1 if batch is None else batch) * heads, length, keys)
+        rows = 1 if batch is None else batch
+        expected: tuple[int, ...] = (length, keys)
+        if attn_mask.dim() == 3:
+            expected = (rows * heads, length, keys)
+        elif attn_mask.dim() == 4:  # 1 in place of the batch or the heads: the same mask for all of them
+            given = attn_mask.shape[:2]
+            expected = (1 if given[0] == 1 else rows, 1 if given[1] == 1 else heads, length, keys)
         if tuple(attn_mask.shape) != expected:
             raise MultiheadAttentionError(
                 f"The shape of the {attn_mask.dim()}D attn_mask is {attn_mask.shape}, but should be {expected}."
@@ -115,7 +126,7 @@ def attention_masks(
     Args:
         batch, heads, length, keys: B, H, L and S.
         key_padding_mask: (B, S) bool, True = ignore; or float, added to the scores.
-        attn_mask: (L, S) or (B·H, L, S) bool, True = ignore; or float, added to the scores.
+        attn_mask: (L, S), (B·H, L, S) or (B or 1, H or 1, L, S) bool, True = ignore; or float, added to the scores.
         is_causal: query i sees keys 0 ... i (and what the masks leave of them).
         key_lengths: (B,) integers: keys at and beyond the length are ignored.
         added_keys: keys appended after the S given (add_bias_kv, add_zero_attn); every query sees them.
@@ -136,7 +147,7 @@ def attention_masks(
         else:
             bias = key_padding_mask[:, None, None, :]
     if attn_mask is not None:
-        by_query = attn_mask if attn_mask.dim() == 2 else attn_mask.view(batch, heads, length, keys)
+        by_query = attn_mask.view(batch, heads, length, keys) if attn_mask.dim() == 3 else attn_mask
         if attn_mask.dtype == torch.bool:
             keep = ~by_query if keep is None else keep & ~by_query
         else:

@@ -238,7 +238,9 @@ def test_compiled_equals_eager():
         ({"key_padding_mask": torch.zeros(B, S, dtype=torch.uint8)}, "only bool and floating types of key_padding"),
         ({"attn_mask": torch.zeros(L, S, dtype=torch.int64)}, "only bool and floating types of attn_mask"),
         ({"attn_mask": bool_mask(S)}, "expected `attn_mask` to be `None`, 2-D or 3-D but found 1-D tensor"),
-        ({"attn_mask": bool_mask(B, H, L, S)}, "2-D or 3-D but found 4-D tensor"),
+        ({"attn_mask": bool_mask(1, B, H, L, S)}, "2-D or 3-D but found 5-D tensor"),
+        ({"attn_mask": bool_mask(B, 2, L, S)}, r"4D attn_mask is .*, but should be \(3, 4, 7, 9\)"),
+        ({"attn_mask": bool_mask(1, H, 1, S)}, r"but should be \(1, 4, 7, 9\)"),
         ({"attn_mask": bool_mask(S, L)}, "The shape of the 2D attn_mask is .*, but should be"),
         ({"attn_mask": bool_mask(H, L, S)}, r"Expected `attn_mask` shape to be \(12, 7, 9\)"),
     ],
@@ -285,7 +287,7 @@ def test_wrong_sizes_of_the_constructor_are_torchs_errors():
 def test_nested_tensors_with_masks_are_refused():
     module = MultiheadAttention(E, H, batch_first=True)
     nested = torch.nested.nested_tensor([normal(3, E), normal(5, E)])
-    with pytest.raises(ValueError, match="nested tensors are supported for self-attention"):
+    with pytest.raises(ValueError, match="nested tensors are supported where"):
         module(nested, nested, nested, key_padding_mask=bool_mask(2, 5))
     out, _ = module(nested, nested, nested, need_weights=False)
     for got, sequence in zip(out.unbind(), nested.unbind(), strict=True):
