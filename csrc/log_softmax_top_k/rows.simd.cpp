@@ -90,8 +90,9 @@ void row(const LogSoftmaxTopK& args, int64_t r) {
     const float before = maximum;
     maximum = largest_lane(top);
     const Vec shift = splat(maximum == -kInf ? 0.0f : maximum);
-    total *= exp(splat(before) - shift);
-    for (int64_t col = first; col < stop; col += kWidth) total += exp(logits_at(x + col, stop - col) - shift);
+    Vec sum{};  // of the block alone: its rounding errors don't grow with the row
+    for (int64_t col = first; col < stop; col += kWidth) sum += exp(logits_at(x + col, stop - col) - shift);
+    total = total * exp(splat(before) - shift) + sum;
   }
 
   const float sum = reduce_sum(total), log_sum = __builtin_logf(sum), shift = maximum == -kInf ? 0.0f : maximum;

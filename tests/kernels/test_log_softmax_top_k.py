@@ -277,4 +277,4 @@ def test_compiled_equals_eager(backend):
 
 @pytest.mark.parametrize("isa", lesser_isas())
 def test_every_instruction_set(isa):
-    run_tests_with_isa(isa, __file__, "-k", "cpu and not instruction_set")
+    run_tests_with_isa(isa, __file__, "-k", "cpu-cpu")  # the device, and the backend
