@@ -65,7 +65,7 @@ def _attend(
             new_peak = tl.maximum(peak, tl.max(score, 1) * factor)
             shift = new_peak
             if EDGE or mask.keep is not None or mask.bias is not None:
-                # While a row has seen only masked keys its maximum is -inf: shifted by 0 its weights are 0, and not NaN.
+                # A row that has seen only masked keys has maximum -inf: shifted by 0 its weights are 0, and not NaN.
                 shift = tl.where(new_peak == -INF, 0.0, new_peak)
             weight = exponential(score, shift[:, None], scale, blocks)
             decay = tl.exp2((peak - shift) * unit)

@@ -279,4 +279,4 @@ def finite_or_zero(x):
 @triton.jit
 def any_unfinite(x):
     """Whether a [M, N] float32 tile holds NaN or an infinity."""
-    return tl.max(tl.max(tl.where(tl.abs(x) < INF, 0, 1), 1), 0) > 0
+    return tl.max(tl.where(tl.abs(x) < INF, 0, 1)) > 0
