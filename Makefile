@@ -7,7 +7,7 @@ SOURCES := $(shell find csrc _build -name '*.cpp' -o -name '*.cu' -o -name '*.h'
 CXX_FILES = $(shell find csrc tests -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.cuh')
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: help install test bench lint format gpu sanitize sanitize-cuda clean
+.PHONY: help install test builds bench lint format gpu sanitize sanitize-cuda clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */\1\t/' | expand -t 16
@@ -15,7 +15,10 @@ help:  ## this list
 install: $(VENV)/.native  ## a virtual environment in .venv with the package, compiled and editable
 
 test: $(VENV)/.native  ## every test that needs no GPU
-	$(RUN) -m pytest -m "not gpu"
+	$(RUN) -m pytest -m "not gpu" -n 2 --dist loadfile
+
+builds: $(VENV)/.native  ## the Triton kernels compiled for sm_80, sm_90 and sm_100, compared with what is on record
+	FUSED_TRANSFORMER_BUILDS=all $(RUN) -m pytest tests/kernels/test_triton_builds.py
 
 bench: $(VENV)/.native  ## this package beside what one would use instead, on this machine; ends with a table of ratios
 	$(RUN) -m bench
