@@ -61,7 +61,9 @@ class Library:
         ops = [path.parent.name for path in building.CSRC.glob("*/bind.cpp") if name.startswith(f"{path.parent.name}_")]
         if not ops:
             raise AttributeError(f"no op of csrc/ has a function {name}")
-        return getattr(load(max(ops, key=len)), name)
+        function = getattr(load(max(ops, key=len)), name)
+        setattr(self, name, function)  # found at once from now on
+        return function
 
 
 _wanted: ContextVar[bool] = ContextVar("emulator_wanted", default=False)

@@ -6,9 +6,11 @@ The record is bench/results/cuda_builds.json; `python -m tests.csrc.cuda_builds 
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import pytest
 
+from fused_transformer.kernels import _native
 from tests.csrc import building, cuda_builds
 
 # Kernels that may keep something in local memory, and why; none may where it is not said here. How much is on record,
@@ -71,6 +73,13 @@ def test_no_kernel_takes_more_than_is_on_record(op):
         elif any(getattr(build, what) > getattr(before, what) for what in ("registers", "spills", "stack")):
             problems.append(f"{build}: on record is {before}")
     assert not problems, "\n".join(problems)
+
+
+def test_the_extension_stays_small():
+    library = _native.library()
+    if not library.cuda_archs:
+        pytest.skip("this build has no CUDA")
+    assert Path(library.__file__).stat().st_size < 20e6
 
 
 def test_the_record_is_of_todays_kernels():
