@@ -19,7 +19,7 @@ constexpr int kWarps = 4, kThreads = kWarps * kWarp, kRows = 16 * kWarps;
 // grid (tiles of kRows queries * B * H), block (kThreads). delta is the diagonal of dO out^T, by the very product that
 // gives dP: where a query sees a single key, whose value is its output, dP - delta is then exactly 0.
 template <class T, int kCols>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 4)
     attention_backward_statistics_kernel(const AttentionBackward args, const int tiles) {
   const int head = int(blockIdx.x) / tiles % int(args.H), first = int(blockIdx.x) % tiles * kRows;
   const Sequence s = make_sequence(args, int(blockIdx.x) / tiles / int(args.H));
@@ -35,10 +35,10 @@ __global__ void __launch_bounds__(kThreads)
   copy_async_wait<0>();
   __syncthreads();
 
-  const int row = int(threadIdx.x) / kWarp * 16;
+  const int row = warp_id() * 16;
   float products[1][2][4];
   clear(products);
-  product_nt(products, dout, row, out, row);
+  product_nt(products, dout, row, Tile<T, kCols>{out.data + row * kCols});
   if (group() / 2 != pair() / 2) return;  // holds nothing of the diagonal
 #pragma unroll
   for (int half = 0; half < 2; ++half) {

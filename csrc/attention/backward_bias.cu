@@ -37,13 +37,13 @@ FT_DEVICE void tile_of(const Plan& plan, int64_t own, int64_t summed, int (&tile
 
 // grid (tiles of the bias * parts), block (kThreads)
 template <class T, int kCols>
-__global__ void __launch_bounds__(Shape<T, kCols>::kThreads)
+__global__ void __launch_bounds__(Shape<T, kCols>::kThreads, 2)
     attention_backward_bias_kernel(const AttentionBackward args, const Plan plan) {
   using Mine = Shape<T, kCols>;
   constexpr int kQueries = Mine::kQueries, kKeys = Mine::kKeys, kThreads = Mine::kThreads, N = kKeys / 8;
   FT_SHARED(Sequence, sequences, [1]);
   const Sequence& s = sequences[0];
-  const int warp_row = int(threadIdx.x) / kWarp * 16, part = int(blockIdx.x) % plan.parts;
+  const int warp_row = warp_id() * 16, part = int(blockIdx.x) % plan.parts;
   const int64_t own = blockIdx.x / plan.parts;
   const int64_t all = int64_t(plan.summed[0]) * plan.summed[1] * plan.summed[2] * plan.summed[3];
 
@@ -80,13 +80,14 @@ __global__ void __launch_bounds__(Shape<T, kCols>::kThreads)
     copy_async_wait<0>();
     __syncthreads();
 
-    const Seen seen = what_is_seen<16, kKeys>(args, s, head, row, key, visible_keys(s, row, 16).cuts(key, kKeys));
+    const Seen seen =
+        what_is_seen<16, kKeys, kThreads>(args, s, head, row, key, visible_keys(s, row, 16).cuts(key, kKeys));
     if (!seen.any) continue;
     float scores[1][N][4], dscores[1][N][4];
     clear(scores);
-    product_nt(scores, q, warp_row, k, 0);
+    product_nt(scores, q, warp_row, k);
     clear(dscores);
-    product_nt(dscores, dout, warp_row, v, 0);
+    product_nt(dscores, dout, warp_row, v);
     add_bias(args, bias, warp_row, args.scale, scores);
     if (!seen.all) mask_scores(seen, scores);
     uint32_t kept[1];

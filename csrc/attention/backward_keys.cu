@@ -4,8 +4,11 @@
 //   S^T = K Q^T,  P^T,  dP^T = V dO^T,  dS^T,    dV += P^T dO,  dK += scale dS^T Q
 //
 // Scores are computed with keys as rows: then P^T and dS^T are already where the tensor cores want the left factor of
-// the last two products, and never leave the registers. A warp owns 16 R keys. From 128 columns on the sums of a row
+// the last two products, and never leave the registers. A warp owns 16 R keys. Beyond 128 columns the sums of a row
 // take too many registers for one warp, and kSplit warps share its columns, each computing the scores for itself.
+//
+// With R = 2 every fragment of Q and dO that a warp reads from shared memory serves two products. That takes all
+// registers, and leaves none for a bias or dropout.
 
 #include "device_backward.cuh"
 #include "device_launch.cuh"
@@ -15,10 +18,9 @@ namespace {
 
 constexpr int kQueries = 32;
 
-template <class T, int kCols>
+template <class T, int kCols, int R>
 struct Shape {
-  static constexpr bool kWide = kCols > 128;
-  static constexpr int R = sizeof(T) == 2 && kCols <= 64 ? 2 : 1;  // 2: 2 R kCols / 2 registers of sums, 32 R of scores
+  static constexpr bool kPlain = R > 1, kWide = kCols > 128;
   static constexpr int kKeyWarps = sizeof(T) == 4 && kWide ? 2 : 4, kSplit = kWide ? 2 : 1;
   static constexpr int kWarps = kKeyWarps * kSplit, kThreads = kWarps * kWarp;
   static constexpr int kKeys = 16 * R * kKeyWarps;
@@ -36,32 +38,33 @@ struct Shape {
 // What all threads of a block know: in shared memory, to be read where it is needed instead of held in registers.
 struct Task {
   Sequence s;
+  int key_head, own;   // keys of the block that are the sequence's: beyond k_lengths too, whose gradient is 0
   int head;            // the first that reads this key head
   int begin, batches;  // of 32 queries, the first beginning at `begin`
 };
 
 // grid (tiles of keys * B * Hk), block (kThreads)
-template <class T, int kCols>
-__global__ void __launch_bounds__(Shape<T, kCols>::kThreads, 256 / Shape<T, kCols>::kThreads)
+template <class T, int kCols, int R>
+__global__ void __launch_bounds__(Shape<T, kCols, R>::kThreads, 256 / Shape<T, kCols, R>::kThreads)
     attention_backward_keys_kernel(const AttentionBackward args, const int tiles) {
-  using Mine = Shape<T, kCols>;
-  constexpr int R = Mine::R, N = kQueries / 8, M = kCols / 8 / Mine::kSplit;
+  using Mine = Shape<T, kCols, R>;
+  constexpr int N = kQueries / 8, M = kCols / 8 / Mine::kSplit;
   FT_SHARED(Task, tasks, [1]);
   const Task& task = tasks[0];
   const Sequence& s = task.s;
-  const int first = int(blockIdx.x) % tiles * Mine::kKeys, warp = int(threadIdx.x) / kWarp;
+  const int first = int(blockIdx.x) % tiles * Mine::kKeys, warp = warp_id();
   const int warp_key = warp % Mine::kKeyWarps * 16 * R, first_col = warp / Mine::kKeyWarps * M * 8;
-  const int key_head = int(blockIdx.x) / tiles % int(args.Hk);
   if (threadIdx.x == 0) {
     tasks[0].s = make_sequence(args, int(blockIdx.x) / tiles / int(args.Hk));
-    tasks[0].head = key_head * int(args.H / args.Hk);
+    tasks[0].key_head = int(blockIdx.x) / tiles % int(args.Hk);
+    tasks[0].own = own_keys(args, s.b) - first;
+    tasks[0].head = task.key_head * int(args.H / args.Hk);
     const QueryRange range = queries_that_see(s, first, Mine::kKeys);
     tasks[0].begin = range.low / kQueries * kQueries;
     tasks[0].batches = range.low < range.high ? (range.high - task.begin + kQueries - 1) / kQueries : 0;
   }
   __syncthreads();
-  const int own = own_keys(args, s.b) - first;  // keys beyond k_lengths get gradients too: 0
-  if (own <= 0) return;
+  if (task.own <= 0) return;
 
   char* const memory = dynamic_shared();
   const Tile<T, kCols> k{reinterpret_cast<T*>(memory)}, v{k.data + Mine::kKeys * kCols};
@@ -73,11 +76,11 @@ __global__ void __launch_bounds__(Shape<T, kCols>::kThreads, 256 / Shape<T, kCol
   };
   const auto bias = [&](int stage) { return typename Mine::Bias{memory + Mine::kBias + stage * Mine::Bias::kBytes}; };
   float* const scratch = reinterpret_cast<float*>(memory + Mine::kScratchAt) + warp * Mine::kScratch;
-  const Weights<T> weights(args);
+  const Weights<T, Mine::kPlain> weights(args);
 
   const auto load_keys = [&](const Tile<T, kCols>& tile, const Rows& x) {
     load_tile<Mine::kKeys, Mine::kThreads>(
-        tile, Source<T>{key_row<T>(args, x, s, key_head, first), x.row, s.S - first, int(args.D), args.vectors});
+        tile, Source<T>{key_row<T>(args, x, s, task.key_head, first), x.row, s.S - first, int(args.D), args.vectors});
   };
   const auto load_queries = [&](const Tile<T, kCols>& tile, const Rows& x, int head, int query) {
     load_tile<kQueries, Mine::kThreads>(
@@ -110,11 +113,10 @@ __global__ void __launch_bounds__(Shape<T, kCols>::kThreads, 256 / Shape<T, kCol
     const int head = task.head + batch / task.batches, query = task.begin + batch % task.batches * kQueries;
     const KeyRange range = visible_keys(s, query, kQueries);
     const int key = first + warp_key;
-    bool active = range.touches(key, 16 * R);
+    bool active = __any_sync(kWholeWarp, range.touches(key, 16 * R));  // the same in all lanes, and known to be
     Seen seen;
-    seen.all = true;
     if (active && (has_holes(args) || range.cuts(key, 16 * R))) {
-      seen = what_is_seen<kQueries, 16 * R>(args, s, head, query, key, range.cuts(key, 16 * R));
+      seen = what_is_seen<kQueries, 16 * R, Mine::kThreads>(args, s, head, query, key, range.cuts(key, 16 * R));
       active = seen.any;
     }
     if (Mine::kStages > 1 && batch + 1 < count) {
@@ -134,9 +136,9 @@ __global__ void __launch_bounds__(Shape<T, kCols>::kThreads, 256 / Shape<T, kCol
     if (active) {
       float scores[R][N][4], dscores[R][N][4];
       clear(scores);
-      product_nt(scores, k, warp_key, q_tile(stage), 0);
+      product_nt(scores, k, warp_key, q_tile(stage));
       clear(dscores);
-      product_nt(dscores, v, warp_key, dout_tile(stage), 0);
+      product_nt(dscores, v, warp_key, dout_tile(stage));
       if (weights.biased)
         add_bias_columns(args, bias(stage), warp_key, args.scale, scores);
       else if (weights.scaled)
@@ -144,8 +146,7 @@ __global__ void __launch_bounds__(Shape<T, kCols>::kThreads, 256 / Shape<T, kCol
       // With a bias always: it may be what masks a garbage key, and has nothing to say of queries beyond the end.
       if (!seen.all || weights.biased) mask_columns(seen, scores);
       uint32_t kept[R];
-      const bool dropout = args.dropout_p > 0.0f;
-      if (dropout) kept_columns<R>(Dropout(args, s, head), key, query, kept);
+      if (weights.dropout) kept_columns<R>(Dropout(args, s, head), key, query, kept);
 #pragma unroll
       for (int n = 0; n < N; ++n)
 #pragma unroll
@@ -156,12 +157,12 @@ __global__ void __launch_bounds__(Shape<T, kCols>::kThreads, 256 / Shape<T, kCol
           for (int r = 0; r < R; ++r)
 #pragma unroll
             for (int i = e; i < 4; i += 2) {
-              const float factor = !dropout ? 1.0f : (kept[r] >> (4 * n + i) & 1 ? args.dropout_scale : 0.0f);
+              const float factor = !weights.dropout ? 1.0f : (kept[r] >> (4 * n + i) & 1 ? args.dropout_scale : 0.0f);
               weights.differentiate(scores[r][n][i], dscores[r][n][i], of_query, factor);
             }
         }
-      product_nn(dv, scores, dout_tile(stage), 0, first_col, scratch);
-      product_nn(dk, dscores, q_tile(stage), 0, first_col, scratch);
+      product_nn(dv, scores, dout_tile(stage), first_col, scratch);
+      product_nn(dk, dscores, q_tile(stage), first_col, scratch);
     }
     __syncthreads();  // nobody reads these queries any more
     if (Mine::kStages == 1 && batch + 1 < count) load(0, batch + 1);
@@ -176,11 +177,20 @@ __global__ void __launch_bounds__(Shape<T, kCols>::kThreads, 256 / Shape<T, kCol
   }
   const auto store = [&](const Rows& x, const Tile<T, kCols>& stage, const float (&sums)[R][M][4],
                          const float (&times)[R][2]) {
-    T* const to = key_row<T>(args, x, s, key_head, first + warp_key);
-    store_rows<R, M>(stage, warp_key, first_col, sums, times, to, x.row, own - warp_key, int(args.D), args.vectors);
+    T* const to = key_row<T>(args, x, s, task.key_head, first + warp_key);
+    store_rows<R, M>(stage, warp_key, first_col, sums, times, to, x.row, task.own - warp_key, int(args.D),
+                     args.vectors);
   };
   store(args.dk, k, dk, factor);
   store(args.dv, v, dv, one);
+}
+
+template <class T, int kCols, int R>
+void launch_keys(const AttentionBackward& args, void* stream) {
+  using Mine = Shape<T, kCols, R>;
+  const int64_t tiles = (args.S + Mine::kKeys - 1) / Mine::kKeys;
+  launch(attention_backward_keys_kernel<T, kCols, R>, Grid{tiles * args.B * args.Hk}, Mine::kThreads,
+         Mine::bytes(args.bias.data != nullptr), stream, args, int(tiles));
 }
 
 }  // namespace
@@ -190,10 +200,10 @@ void attention_backward_keys(const AttentionBackward& args, void* stream) {
     using T = typename decltype(tag)::type;
     with_columns<T>(args.D, [&](auto columns) {
       constexpr int kCols = decltype(columns)::value;
-      using Mine = Shape<T, kCols>;
-      const int64_t tiles = (args.S + Mine::kKeys - 1) / Mine::kKeys;
-      launch(attention_backward_keys_kernel<T, kCols>, Grid{tiles * args.B * args.Hk}, Mine::kThreads,
-             Mine::bytes(args.bias.data != nullptr), stream, args, int(tiles));
+      if constexpr (sizeof(T) == 2 && kCols <= 64)
+        if (is_plain(args) && (args.S + 127) / 128 * args.B * args.Hk >= args.multiprocessors)
+          return launch_keys<T, kCols, 2>(args, stream);
+      launch_keys<T, kCols, 1>(args, stream);
     });
   });
 }

@@ -3,7 +3,7 @@
 //
 //   dP = dO V^T,  S = Q K^T,  P,  dS,    dQ += scale dS K
 //
-// K and V have one buffer each: values come under the last product and the softmax, keys under dP.
+// K and V have one buffer each: values come under the last product and the softmax, keys under dP. R as in forward.cu.
 
 #include "../common/vote.cuh"
 #include "device_backward.cuh"
@@ -12,9 +12,9 @@
 namespace fused::cuda {
 namespace {
 
-template <class T, int kCols>
+template <class T, int kCols, int R>
 struct Shape {
-  static constexpr int R = sizeof(T) == 2 && kCols <= 128 ? 2 : 1;
+  static constexpr bool kPlain = R > 1;
   static constexpr int kWarps = sizeof(T) == 4 && kCols > 128 ? 2 : 4, kThreads = kWarps * kWarp;
   static constexpr int kQueries = 16 * R * kWarps, kKeys = 32;
   static constexpr int kScratch = scratch_floats<T, R, kKeys / 8>();
@@ -35,15 +35,15 @@ struct Task {
 };
 
 // grid (tiles of queries * B * H), block (kThreads): the last tiles first, which see most under a causal mask
-template <class T, int kCols>
-__global__ void __launch_bounds__(Shape<T, kCols>::kThreads, 2)
+template <class T, int kCols, int R>
+__global__ void __launch_bounds__(Shape<T, kCols, R>::kThreads, 2)
     attention_backward_queries_kernel(const AttentionBackward args, const int tiles) {
-  using Mine = Shape<T, kCols>;
-  constexpr int R = Mine::R, kKeys = Mine::kKeys, kThreads = Mine::kThreads, N = kKeys / 8, M = kCols / 8;
+  using Mine = Shape<T, kCols, R>;
+  constexpr int kKeys = Mine::kKeys, kThreads = Mine::kThreads, N = kKeys / 8, M = kCols / 8;
   FT_SHARED(Task, tasks, [1]);
   const Task& task = tasks[0];
   const Sequence& s = task.s;
-  const int warp = int(threadIdx.x) / kWarp, warp_row = warp * 16 * R;
+  const int warp = warp_id(), warp_row = warp * 16 * R;
   const int first = (tiles - 1 - int(blockIdx.x) % tiles) * Mine::kQueries, row = first + warp_row;
   if (threadIdx.x == 0) {
     const int head = int(blockIdx.x) / tiles;
@@ -63,7 +63,7 @@ __global__ void __launch_bounds__(Shape<T, kCols>::kThreads, 2)
       k{dout.data + Mine::kQueries * kCols}, v{k.data + kKeys * kCols};
   float* const scratch = reinterpret_cast<float*>(memory + Mine::kScratchAt) + warp * Mine::kScratch;
   const typename Mine::Bias bias{memory + Mine::kBias};
-  const Weights<T> weights(args);
+  const Weights<T, Mine::kPlain> weights(args);
   const auto load_queries = [&](const Tile<T, kCols>& tile, const Rows& x) {
     load_tile<Mine::kQueries, kThreads>(
         tile, Source<T>{query_row<T>(args, x, s, task.head, first), x.row, s.L - first, int(args.D), args.vectors});
@@ -74,15 +74,9 @@ __global__ void __launch_bounds__(Shape<T, kCols>::kThreads, 2)
     copy_async_commit();
   };
 
-  Statistics statistics[R][2];
-#pragma unroll
-  for (int r = 0; r < R; ++r)
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int query = row + r * 16 + half * 8 + group();
-      statistics[r][half] = {INFINITY, 0.0f};
-      if (query < s.L) statistics[r][half] = *statistics_of(args, s, task.head, query);
-    }
+  FT_SHARED(Statistics, statistics, [Mine::kQueries]);
+  for (int i = int(threadIdx.x); i < Mine::kQueries; i += kThreads)
+    statistics[i] = first + i < s.L ? *statistics_of(args, s, task.head, first + i) : Statistics{INFINITY, 0.0f};
   float dq[R][M][4];
   clear(dq);
 
@@ -93,16 +87,15 @@ __global__ void __launch_bounds__(Shape<T, kCols>::kThreads, 2)
     load(v, task.values, args.v.row, begin);
   }
   for (int key = begin; key < range.high; key += kKeys) {
-    const bool holes = has_holes(args), cut = of_warp.cuts(key, kKeys), dropout = args.dropout_p > 0.0f;
-    bool active = of_warp.touches(key, kKeys);
+    const bool holes = has_holes(args), cut = of_warp.cuts(key, kKeys);
+    bool active = __any_sync(kWholeWarp, of_warp.touches(key, kKeys));  // the same in all lanes, and known to be
     Seen seen;
-    seen.all = true;
     if (active && (holes || cut)) {
-      seen = what_is_seen<16 * R, kKeys>(args, s, task.head, row, key, cut);
+      seen = what_is_seen<16 * R, kKeys, kThreads>(args, s, task.head, row, key, cut);
       active = seen.any;
     }
     uint32_t kept[R];  // drawn here, where registers are free
-    if (active && dropout) kept_rows<R, N>(Dropout(args, s, task.head), row, key, kept);
+    if (active && weights.dropout) kept_rows<R, N>(Dropout(args, s, task.head), row, key, kept);
     copy_async_wait<0>();
     __syncthreads();  // values are there, and nobody reads the last keys and bias any more
     if (weights.biased) bias.template load<kThreads>(args, s, task.head, first, key);
@@ -111,7 +104,7 @@ __global__ void __launch_bounds__(Shape<T, kCols>::kThreads, 2)
     float scores[R][N][4], dscores[R][N][4];
     if (active) {
       clear(dscores);
-      product_nt(dscores, dout, warp_row, v, 0);
+      product_nt(dscores, dout, warp_row, v);
     }
     copy_async_wait<0>();
     bool bad = false;
@@ -124,7 +117,7 @@ __global__ void __launch_bounds__(Shape<T, kCols>::kThreads, 2)
 
     if (active) {
       clear(scores);
-      product_nt(scores, q, warp_row, k, 0);
+      product_nt(scores, q, warp_row, k);
     }
     if (bad) {  // a NaN in a key that is seen is in the scores, and must not meet a dS of 0
       __syncthreads();
@@ -140,13 +133,17 @@ __global__ void __launch_bounds__(Shape<T, kCols>::kThreads, 2)
 #pragma unroll
       for (int r = 0; r < R; ++r)
 #pragma unroll
-        for (int n = 0; n < N; ++n)
+        for (int half = 0; half < 2; ++half) {
+          const Statistics of_query = statistics[warp_row + r * 16 + half * 8 + group()];
 #pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            const float factor = !dropout ? 1.0f : (kept[r] >> (4 * n + i) & 1 ? args.dropout_scale : 0.0f);
-            weights.differentiate(scores[r][n][i], dscores[r][n][i], statistics[r][i / 2], factor);
-          }
-      product_nn(dq, dscores, k, 0, 0, scratch);
+          for (int n = 0; n < N; ++n)
+#pragma unroll
+            for (int i = half * 2; i < half * 2 + 2; ++i) {
+              const float factor = !weights.dropout ? 1.0f : (kept[r] >> (4 * n + i) & 1 ? args.dropout_scale : 0.0f);
+              weights.differentiate(scores[r][n][i], dscores[r][n][i], of_query, factor);
+            }
+        }
+      product_nn(dq, dscores, k, 0, scratch);
     }
   }
   if (row >= s.L) return;
@@ -157,6 +154,14 @@ __global__ void __launch_bounds__(Shape<T, kCols>::kThreads, 2)
                    int(args.D), args.vectors);
 }
 
+template <class T, int kCols, int R>
+void launch_queries(const AttentionBackward& args, void* stream) {
+  using Mine = Shape<T, kCols, R>;
+  const int64_t tiles = (args.L + Mine::kQueries - 1) / Mine::kQueries;
+  launch(attention_backward_queries_kernel<T, kCols, R>, Grid{tiles * args.B * args.H}, Mine::kThreads,
+         Mine::bytes(args.bias.data != nullptr), stream, args, int(tiles));
+}
+
 }  // namespace
 
 void attention_backward_queries(const AttentionBackward& args, void* stream) {
@@ -164,10 +169,10 @@ void attention_backward_queries(const AttentionBackward& args, void* stream) {
     using T = typename decltype(tag)::type;
     with_columns<T>(args.D, [&](auto columns) {
       constexpr int kCols = decltype(columns)::value;
-      using Mine = Shape<T, kCols>;
-      const int64_t tiles = (args.L + Mine::kQueries - 1) / Mine::kQueries;
-      launch(attention_backward_queries_kernel<T, kCols>, Grid{tiles * args.B * args.H}, Mine::kThreads,
-             Mine::bytes(args.bias.data != nullptr), stream, args, int(tiles));
+      if constexpr (sizeof(T) == 2 && kCols <= 128)
+        if (is_plain(args) && (args.L + 127) / 128 * args.B * args.H >= args.multiprocessors)
+          return launch_queries<T, kCols, 2>(args, stream);
+      launch_queries<T, kCols, 1>(args, stream);
     });
   });
 }

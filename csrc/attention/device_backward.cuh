@@ -18,15 +18,17 @@ FT_DEVICE Statistics* statistics_of(const AttentionBackward& args, const Sequenc
   return reinterpret_cast<Statistics*>(query_row<float>(args, args.statistics, s, head, row));
 }
 
-// How scores become weights. Scores are scaled (and biased) beforehand for float32 and where there is a bias.
-template <class T>
+// How scores become weights. Scores are scaled (and biased) beforehand for float32 and where there is a bias. kPlain: a
+// kernel that takes neither bias nor dropout.
+template <class T, bool kPlain = false>
 struct Weights {
-  bool biased, scaled;
+  bool biased, scaled, dropout;
   float unit;
 
   FT_DEVICE explicit Weights(const Attention& args)
-      : biased(args.bias.data != nullptr),
+      : biased(!kPlain && args.bias.data != nullptr),
         scaled(sizeof(T) == 4 || biased),
+        dropout(!kPlain && args.dropout_p > 0.0f),
         unit(scaled ? kLog2E : args.scale * kLog2E) {}
 
   FT_DEVICE float operator()(float score, float lse) const {
@@ -43,6 +45,8 @@ struct Weights {
     score = weight * dropout_factor;
   }
 };
+
+inline bool is_plain(const Attention& args) { return args.bias.data == nullptr && !(args.dropout_p > 0.0f); }
 
 // The launchers of the passes, one in each .cu; `args` is prepared.
 void attention_backward_statistics(const AttentionBackward& args, void* stream);

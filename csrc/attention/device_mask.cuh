@@ -33,26 +33,33 @@ FT_DEVICE uint64_t seen_keys(const Attention& args, const Sequence& s, int head,
   return word;
 }
 
-// What a warp may see of a tile: each lane holds the word of one query, to be asked for by those that hold its scores.
+// What a warp may see of a tile. The words are in shared memory, to be read by the lanes that hold a query's scores.
 struct Seen {
-  uint64_t word = 0;
-  bool any = false, all = false;  // whether the warp has an element that is seen, and whether every element is
+  const uint64_t* words = nullptr;  // nullptr: all of it, untested
+  bool any = true, all = true;      // whether the warp has an element that is seen, and whether every element is
 
-  // Bit i: key first + i of the query that lane `owner` holds.
-  FT_DEVICE uint64_t of(int owner) const { return __shfl_sync(kWholeWarp, word, owner); }
+  // Bit i: whether query `index` of the warp sees key i of the tile.
+  FT_DEVICE uint64_t of(int index) const { return words == nullptr ? kWholeWord : words[index]; }
 };
 
-// Lane i (modulo kQueries) takes query row + i; keys first ... first + kKeys - 1 lie in one aligned group of 64.
-template <int kQueries, int kKeys>
+// For queries row ... row + kQueries - 1 and keys first ... first + kKeys - 1, which lie in one aligned group of 64.
+// Holds until the warp's next call.
+template <int kQueries, int kKeys, int kThreads>
 FT_DEVICE Seen what_is_seen(const Attention& args, const Sequence& s, int head, int row, int first, bool cut) {
   static_assert(kQueries <= kWarp && kKeys <= kWordKeys, "a lane for each query, a bit for each key");
   constexpr uint64_t kTile = kWholeWord >> (kWordKeys - kKeys);
+  FT_SHARED(uint64_t, words, [kThreads]);
   const int query = row + lane_id() % kQueries;
+  const uint64_t word =
+      seen_keys(args, s, head, query, first / kWordKeys * kWordKeys, cut) >> first % kWordKeys & kTile;
   Seen seen;
-  seen.word = seen_keys(args, s, head, query, first / kWordKeys * kWordKeys, cut) >> first % kWordKeys & kTile;
-  seen.any = __any_sync(kWholeWarp, seen.word != 0);
+  seen.any = __any_sync(kWholeWarp, word != 0);
   // what queries beyond the end would see never matters
-  seen.all = __all_sync(kWholeWarp, seen.word == kTile || query >= s.L);
+  seen.all = __all_sync(kWholeWarp, word == kTile || query >= s.L);
+  __syncwarp();  // the last words have been read
+  words[threadIdx.x] = word;
+  __syncwarp();
+  seen.words = words + (threadIdx.x - lane_id());
   return seen;
 }
 
@@ -68,7 +75,7 @@ FT_DEVICE void scale_scores(float scale, float (&scores)[R][N][4]) {
       for (int i = 0; i < 4; ++i) scores[r][n][i] *= scale;
 }
 
-// Scores of elements that are not seen become -inf. The warp's queries are its lanes' in `seen`.
+// Scores of elements that are not seen become -inf.
 template <int R, int N>
 FT_DEVICE void mask_scores(const Seen& seen, float (&scores)[R][N][4]) {
 #pragma unroll
@@ -84,7 +91,7 @@ FT_DEVICE void mask_scores(const Seen& seen, float (&scores)[R][N][4]) {
     }
 }
 
-// Keys as rows, 32 queries: the same. Queries are the lanes' in `seen`, whose bits begin at the warp's first key.
+// Keys as rows, 32 queries: the same. The tile that `seen` is about begins at the warp's first key.
 template <int R>
 FT_DEVICE void mask_columns(const Seen& seen, float (&scores)[R][4][4]) {
 #pragma unroll

@@ -20,13 +20,21 @@ constexpr int scratch_floats() {
   return sizeof(T) == 4 ? 16 * R * (8 * K + 4) : 0;
 }
 
-// c += a[a_row ...] b[b_row ...]^T
+// Fragments after this are not loaded before it. Where a kernel holds nearly all registers in sums, the compiler for
+// sm_90 loads further ahead than there are registers for.
+FT_DEVICE void no_loads_ahead() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  __syncwarp();
+#endif
+}
+
+// c += a[a_row ...] b[0 ...]^T; a_row is a multiple of 16
 template <int R, int N, class T, int kCols>
-FT_DEVICE void product_nt(float (&c)[R][N][4], const Tile<T, kCols>& a, int a_row, const Tile<T, kCols>& b, int b_row) {
+FT_DEVICE void product_nt(float (&c)[R][N][4], const Tile<T, kCols>& a, int a_row, const Tile<T, kCols>& b) {
   const int lane = lane_id();
   if constexpr (sizeof(T) == 2) {
     const int a_place = a.place(a_row + lane % 16, lane / 16);
-    const int b_place = b.place(b_row + lane / 16 * 8 + lane % 8, lane / 8 % 2);
+    const int b_place = b.place(lane / 16 * 8 + lane % 8, lane / 8 % 2);
 #pragma unroll
     for (int k = 0; k < kCols / 16; ++k) {
       uint32_t fa[R][4];
@@ -56,7 +64,7 @@ FT_DEVICE void product_nt(float (&c)[R][N][4], const Tile<T, kCols>& a, int a_ro
       for (int n = 0; n < N; ++n)
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
-          const float4 fb = *reinterpret_cast<const float4*>(b.chunk(b_row + n * 8 + pair() + e, k));
+          const float4 fb = *reinterpret_cast<const float4*>(b.chunk(n * 8 + pair() + e, k));
 #pragma unroll
           for (int r = 0; r < R; ++r)
 #pragma unroll
@@ -69,28 +77,32 @@ FT_DEVICE void product_nt(float (&c)[R][N][4], const Tile<T, kCols>& a, int a_ro
   }
 }
 
-// c += p b[b_row ...], columns b_col ... b_col + 8 N - 1 of b; p is rounded to T. `scratch`: the warp's own.
+// c += p b[0 ...], columns b_col ... b_col + 8 N - 1 of b; p is rounded to T. `scratch`: the warp's own.
 template <int R, int K, int N, class T, int kCols>
-FT_DEVICE void product_nn(float (&c)[R][N][4], const float (&p)[R][K][4], const Tile<T, kCols>& b, int b_row, int b_col,
+FT_DEVICE void product_nn(float (&c)[R][N][4], const float (&p)[R][K][4], const Tile<T, kCols>& b, int b_col,
                           float* scratch) {
   const int lane = lane_id();
   if constexpr (sizeof(T) == 2) {
-    const int b_place = b.place(b_row + lane % 16, b_col / 8 + lane / 16);
+    const int b_place = b.place(lane % 16, b_col / 8 + lane / 16);
+    uint32_t fa[K / 2][R][4];  // all of it at once: half the registers of p
 #pragma unroll
-    for (int k = 0; k < K; k += 2) {
-      uint32_t fa[R][4];
+    for (int k = 0; k < K; k += 2)
 #pragma unroll
       for (int r = 0; r < R; ++r)
 #pragma unroll
-        for (int i = 0; i < 4; ++i) fa[r][i] = pack<T>(p[r][k + i / 2][i % 2 * 2], p[r][k + i / 2][i % 2 * 2 + 1]);
+        for (int i = 0; i < 4; ++i)
+          fa[k / 2][r][i] = pack<T>(p[r][k + i / 2][i % 2 * 2], p[r][k + i / 2][i % 2 * 2 + 1]);
+#pragma unroll
+    for (int k = 0; k < K; k += 2) {
+      no_loads_ahead();
 #pragma unroll
       for (int n = 0; n < N; n += 2) {
         uint32_t fb[4];
         ldmatrix_x4_trans(fb, b.data + b.further(b_place, n) + k * 8 * kCols);
 #pragma unroll
         for (int r = 0; r < R; ++r) {
-          mma_m16n8k16<T>(c[r][n], fa[r], fb[0], fb[1]);
-          mma_m16n8k16<T>(c[r][n + 1], fa[r], fb[2], fb[3]);
+          mma_m16n8k16<T>(c[r][n], fa[k / 2][r], fb[0], fb[1]);
+          mma_m16n8k16<T>(c[r][n + 1], fa[k / 2][r], fb[2], fb[3]);
         }
       }
     }
@@ -106,31 +118,36 @@ FT_DEVICE void product_nn(float (&c)[R][N][4], const float (&p)[R][K][4], const 
           store_pair(scratch + (r * 16 + half * 8 + group()) * kStride + k * 8 + pair(), p[r][k][half * 2],
                      p[r][k][half * 2 + 1]);
     __syncwarp();
+    const int b_place = b.place(0, (b_col + pair()) / 4) + pair() % 4;
 #pragma unroll
     for (int first = 0; first < N; first += kAtOnce) {
       float sum[R][kAtOnce][4] = {};
 #pragma unroll 1
-      for (int k = 0; k < 8 * K; k += 4) {
+      for (int k = 0; k < 8 * K; k += 8) {
         Pack<float, 4> fa[R][2];
 #pragma unroll
-        for (int r = 0; r < R; ++r)
+        for (int i = 0; i < 8; ++i) {
+          if (i % 4 == 0)
 #pragma unroll
-          for (int half = 0; half < 2; ++half)
-            fa[r][half] =
-                *reinterpret_cast<const Pack<float, 4>*>(scratch + (r * 16 + half * 8 + group()) * kStride + k);
+            for (int r = 0; r < R; ++r)
 #pragma unroll
-        for (int i = 0; i < 4; ++i)
+              for (int half = 0; half < 2; ++half)
+                fa[r][half] =
+                    *reinterpret_cast<const Pack<float, 4>*>(scratch + (r * 16 + half * 8 + group()) * kStride + k + i);
 #pragma unroll
           for (int n = 0; n < kAtOnce; ++n) {
-            const float2 fb = *reinterpret_cast<const float2*>(b.at(b_row + k + i, b_col + (first + n) * 8 + pair()));
+            // row k + i turns its chunks by i, and so does this
+            const int place = b.further(b_place ^ (i * 4), (first + n) * 2) + (k + i) * kCols;
+            const float2 fb = *reinterpret_cast<const float2*>(b.data + place);
 #pragma unroll
             for (int r = 0; r < R; ++r)
 #pragma unroll
               for (int half = 0; half < 2; ++half) {
-                sum[r][n][half * 2] = fmaf(fa[r][half].element[i], fb.x, sum[r][n][half * 2]);
-                sum[r][n][half * 2 + 1] = fmaf(fa[r][half].element[i], fb.y, sum[r][n][half * 2 + 1]);
+                sum[r][n][half * 2] = fmaf(fa[r][half].element[i % 4], fb.x, sum[r][n][half * 2]);
+                sum[r][n][half * 2 + 1] = fmaf(fa[r][half].element[i % 4], fb.y, sum[r][n][half * 2 + 1]);
               }
           }
+        }
       }
 #pragma unroll
       for (int r = 0; r < R; ++r)

@@ -2,7 +2,7 @@
 // The online softmax of a warp's rows (Milakov and Gimelshein 2018), and values that are NaN or infinite.
 
 #include "../common/exp2.cuh"
-#include "device_mask.cuh"
+#include "device_bias.cuh"
 
 namespace fused::cuda {
 
@@ -75,46 +75,36 @@ struct Softmax {
   }
 };
 
-// Adds the NaN and infinite values of a tile to the rows that see them (scores are not -inf), and to no other: for
-// tiles where some keys are masked, since in the product with weights 0 * NaN would reach every row. Rare and slow: the
-// sums are moved to local memory for it, so that the usual path keeps its registers.
-template <int R, int N, int M, class T, int kCols>
-FT_DEVICE void add_nonfinite_values(const float (&scores)[R][N][4], const Tile<T, kCols>& values,
+// Adds the NaN and infinite values of a tile of keys to the rows that see them, and to no other: for tiles where some
+// keys are masked, since in the product with weights 0 * NaN would reach every row. Rare, slow and small. values: the
+// tile's first row in global memory, as the tile itself has been cleaned. masks(row, key): whether a bias does.
+template <int R, int M, class T, class F>
+FT_DEVICE void add_nonfinite_values(const Seen& seen, const Source<T>& values, int keys, F&& masks,
                                     float (&out)[R][M][4]) {
-  uint32_t seen[R] = {};  // bit 4 n + i, as in kept_rows
-  float sums[M][R][4];
 #pragma unroll
-  for (int r = 0; r < R; ++r)
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-#pragma unroll
-      for (int n = 0; n < N; ++n) seen[r] |= uint32_t(scores[r][n][i] != -INFINITY) << (4 * n + i);
-#pragma unroll
-      for (int m = 0; m < M; ++m) sums[m][r][i] = out[r][m][i];
-    }
+  for (int m = 0; m < M; ++m) {
 #pragma unroll 1
-  for (int key = 0; key < 8 * N; ++key) {
-    const int owner = lane_id() / 4 * 4 + key % 8 / 2;  // the lane of my rows that holds this key's scores
-    uint32_t bits[R];
-#pragma unroll
-    for (int r = 0; r < R; ++r) bits[r] = __shfl_sync(kWholeWarp, seen[r], owner) >> (key / 8 * 4 + key % 2);
+    for (int which = 0; which < 2 * R; ++which) {
+      const int row = which * 8 + group();
+      const uint64_t word = seen.of(row);
+      float sum[2] = {0.0f, 0.0f};
 #pragma unroll 1
-    for (int col = 0; col < 2 * M; ++col) {
-      const float value = to_float(*values.at(key, col / 2 * 8 + pair() + col % 2));
-      if (fabsf(value) < INFINITY) continue;
+      for (int key = 0; key < keys && key < values.count; ++key) {
+        if (!(word >> key & 1) || masks(row, key)) continue;
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          const int col = m * 8 + pair() + e;
+          const float value = col < values.width ? to_float(values.data[key * values.stride + col]) : 0.0f;
+          if (!(fabsf(value) < INFINITY)) sum[e] += value;
+        }
+      }
 #pragma unroll
       for (int r = 0; r < R; ++r)
 #pragma unroll
-        for (int half = 0; half < 2; ++half)
-          if (bits[r] >> (2 * half) & 1) sums[col / 2][r][half * 2 + col % 2] += value;
+        for (int i = 0; i < 4; ++i)
+          if (which == r * 2 + i / 2) out[r][m][i] += sum[i % 2];
     }
   }
-#pragma unroll
-  for (int r = 0; r < R; ++r)
-#pragma unroll
-    for (int m = 0; m < M; ++m)
-#pragma unroll
-      for (int i = 0; i < 4; ++i) out[r][m][i] = sums[m][r][i];
 }
 
 }  // namespace fused::cuda

@@ -154,6 +154,10 @@ FT_DEVICE void clean_own_chunks(const Tile<T, kCols>& tile, F&& f) {
 
 // ---------------------------------------------------------------- a warp's rows to global memory
 
+// The warp's number, in a way that tells the compiler that the whole warp has the same one: branches on what follows
+// from it then need no code for lanes that go different ways.
+FT_DEVICE int warp_id() { return __shfl_sync(kWholeWarp, int(threadIdx.x) / kWarp, 0); }
+
 // How a warp holds a 16 x 8 tile of float32 (common/mma.cuh): element i is (group + 8 (i / 2), pair + i % 2).
 FT_DEVICE int lane_id() { return int(threadIdx.x) % kWarp; }
 FT_DEVICE int group() { return lane_id() / 4; }

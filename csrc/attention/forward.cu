@@ -28,8 +28,7 @@ struct Shape {
       Tile<T, kCols>::bytes(kQueries + 2 * kKeys) + kWarps * kScratch * int(sizeof(float));
   static constexpr bool kPlain = R > 1;  // no bias, no dropout, scale > 0
   using Bias = BiasTile<kQueries, kKeys>;
-  // Registers: 64 R * kCols / 64 of out, 32 R of scores, and what the products need.
-  static constexpr int kBlocksAtOnce = R == 1 && kCols <= 64 ? 3 : (kCols <= 128 && sizeof(T) == 2 ? 2 : 1);
+  static constexpr int kBlocksAtOnce = R == 1 && kCols <= 64 && sizeof(T) == 2 ? 3 : 2;  // registers for as many
 };
 
 // What all threads of a block know: in shared memory, to be read where it is needed instead of held in registers.
@@ -70,7 +69,7 @@ __global__ void __launch_bounds__(kThreads, Shape<T, kCols, R>::kBlocksAtOnce)
   constexpr int kKeys = Mine::kKeys, N = kKeys / 8, M = kCols / 8;
   FT_SHARED(Task, tasks, [1]);
   const Task& task = tasks[0];
-  const int warp = int(threadIdx.x) / kWarp;
+  const int warp = warp_id();
   const int first = (tiles - 1 - int(blockIdx.x) % tiles) * Mine::kQueries, row = first + warp * 16 * R;
   if (threadIdx.x == 0) {
     const int head = int(blockIdx.x) / tiles;
@@ -113,11 +112,10 @@ __global__ void __launch_bounds__(kThreads, Shape<T, kCols, R>::kBlocksAtOnce)
   }
   for (int key = begin; key < range.high; key += kKeys) {
     const bool holes = has_holes(args), cut = of_warp.cuts(key, kKeys);
-    bool active = of_warp.touches(key, kKeys);
+    bool active = __any_sync(kWholeWarp, of_warp.touches(key, kKeys));  // the same in all lanes, and known to be
     Seen seen;
-    seen.all = true;
     if (active && (holes || cut)) {
-      seen = what_is_seen<16 * R, kKeys>(args, s, task.head, row, key, cut);
+      seen = what_is_seen<16 * R, kKeys, kThreads>(args, s, task.head, row, key, cut);
       active = seen.any;
     }
     uint32_t kept[R];  // drawn here, where registers are free
@@ -130,7 +128,7 @@ __global__ void __launch_bounds__(kThreads, Shape<T, kCols, R>::kBlocksAtOnce)
     float scores[R][N][4];
     if (active) {
       clear(scores);
-      product_nt(scores, q, warp * 16 * R, k, 0);
+      product_nt(scores, q, warp * 16 * R, k);
     }
     copy_async_wait<0>();
     bool bad = false;
@@ -149,15 +147,19 @@ __global__ void __launch_bounds__(kThreads, Shape<T, kCols, R>::kBlocksAtOnce)
       if (!seen.all) mask_scores(seen, scores);
     }
     if (bad) {
-      if (active) add_nonfinite_values(scores, v, out);
-      __syncthreads();
       clean_own_chunks<kKeys, kThreads>(v, [](int) { return true; });
       __syncthreads();
     }
     if (active) {
       softmax.template add<T>(scores, unit, out);
       if (dropout) drop(kept, scores);
-      product_nn(out, scores, v, 0, 0, scratch);
+      product_nn(out, scores, v, 0, scratch);
+      if (bad) {
+        const Source<T> from{static_cast<const T*>(task.values) + key * args.v.row, args.v.row, s.S - key, int(args.D),
+                             false};
+        const auto masks = [&](int i, int j) { return biased && bias.one(args, warp * 16 * R + i, j) == -INFINITY; };
+        add_nonfinite_values(seen, from, kKeys, masks, out);
+      }
     }
   }
   store_output(args, task, row, q, warp * 16 * R, softmax, scaled ? 1.0f : args.scale, out);

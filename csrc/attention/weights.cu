@@ -47,12 +47,12 @@ FT_DEVICE void weights_of_scores(const AttentionWeights& args, const Sequence& s
 
 // grid (tiles of keys * tiles of queries * B * H), block (kThreads); padded batches alone
 template <class T, int kCols>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 4)
     attention_weights_kernel(const AttentionWeights args, const int query_tiles, const int key_tiles) {
   const int key = int(blockIdx.x) % key_tiles * kKeys, rest = int(blockIdx.x) / key_tiles;
   const int first = rest % query_tiles * kQueries, head = rest / query_tiles % int(args.H);
   const Sequence s = make_sequence(args, rest / query_tiles / int(args.H));
-  const int warp_row = int(threadIdx.x) / kWarp * 16, row = first + warp_row;
+  const int warp_row = warp_id() * 16, row = first + warp_row;
 
   char* const memory = dynamic_shared();
   const Tile<T, kCols> q{reinterpret_cast<T*>(memory)}, k{q.data + kQueries * kCols};
@@ -70,9 +70,10 @@ __global__ void __launch_bounds__(kThreads)
     copy_async_commit();
     copy_async_wait<0>();
     __syncthreads();
-    const Seen seen = what_is_seen<16, kKeys>(args, s, head, row, key, visible_keys(s, row, 16).cuts(key, kKeys));
+    const Seen seen =
+        what_is_seen<16, kKeys, kThreads>(args, s, head, row, key, visible_keys(s, row, 16).cuts(key, kKeys));
     if (seen.any) {
-      product_nt(scores, q, warp_row, k, 0);
+      product_nt(scores, q, warp_row, k);
       if (args.bias.data != nullptr)
         add_bias(args, bias, warp_row, args.scale, scores);
       else if (sizeof(T) == 4)
