@@ -28,7 +28,7 @@ from fused_transformer.kernels.attention.triton_config import Config, config
 from fused_transformer.kernels.attention.triton_forward import attention_forward_kernel
 from fused_transformer.kernels.attention.triton_weights import attention_weights_kernel
 
-_FAR = 2**30  # a window wider than any sequence: sums of two such distances are int32 still
+_FAR = 2**30  # farther than any position, and twice as far is int32 still
 
 
 def refuses(q, k, v, mask: Mask, scale, dropout_p, seed) -> str | None:
@@ -38,6 +38,7 @@ def refuses(q, k, v, mask: Mask, scale, dropout_p, seed) -> str | None:
 
 
 def forward(q, k, v, mask: Mask, scale, dropout_p, seed):
+    q, k, v = _near(q), _near(k), _near(v)
     out = _new(q, mask)
     lse = torch.empty(q.shape[:-1], dtype=torch.float32, device=q.device)
     if mask.packed:
@@ -48,11 +49,15 @@ def forward(q, k, v, mask: Mask, scale, dropout_p, seed):
     inputs = _rows(q), _rows(k), _rows(v), _mask(mask), _dropout(dropout_p, seed)
     sizes = heads, blocks, scale, _blocks(q, k, mask, chosen)
     outputs = _rows(out), _per_row(lse)
-    _launch(attention_forward_kernel, blocks * mask.batch * heads, chosen, q, *inputs, *outputs, *sizes)
+    simple = mask.bias is None and dropout_p == 0.0 and (mask.keep is None or mask.keep.shape[2] == 1)
+    limit = chosen.registers if simple else None
+    programs = blocks * mask.batch * heads
+    _launch(attention_forward_kernel, programs, chosen, q, *inputs, *outputs, *sizes, registers=limit)
     return out, lse
 
 
 def backward(dout, q, k, v, out, lse, mask: Mask, scale, dropout_p, seed, wants_dbias):
+    q, k, v, out, dout = (_near(x) for x in (q, k, v, out, dout))
     dq, dk, dv = (_new(x, mask) for x in (q, k, v))
     delta = torch.empty_like(lse)
     q, scale, sign = _with_positive_scale(q, scale)
@@ -78,9 +83,10 @@ def backward(dout, q, k, v, out, lse, mask: Mask, scale, dropout_p, seed, wants_
 
 
 def weights(q, k, lse, mask: Mask, scale, dropout_p, seed):
+    q, k = _near(q), _near(k)
     probabilities = torch.empty((*q.shape[:3], mask.k_length), dtype=q.dtype, device=q.device)
     q, scale, _ = _with_positive_scale(q, scale)
-    chosen = config("weights", q)
+    chosen = config("tile", q)
     heads, blocks_m, blocks_n = q.shape[1], triton.cdiv(mask.q_length, chosen.m), triton.cdiv(mask.k_length, chosen.n)
     inputs = _rows(q), _rows(k), _mask(mask), _dropout(dropout_p, seed), _per_row(lse)
     sizes = heads, blocks_m, blocks_n, scale, _blocks(q, k, mask, chosen)
@@ -90,7 +96,7 @@ def weights(q, k, lse, mask: Mask, scale, dropout_p, seed):
 
 
 def _bias_gradient(q, k, mask: Mask, scale, inputs, saved) -> Tensor:
-    chosen = config("dbias", q)
+    chosen = config("tile", q)
     b, h, length, keys = shape = tuple(mask.bias.shape)
     batches = mask.batch if b == 1 else 1
     heads = q.shape[1] if h == 1 else 1
@@ -105,15 +111,22 @@ def _bias_gradient(q, k, mask: Mask, scale, inputs, saved) -> Tensor:
     return (dbias[0] if parts == 1 else dbias.sum(0)).to(mask.bias.dtype)
 
 
-def _launch(kernel, programs: int, chosen: Config, q: Tensor, *args) -> None:
+def _launch(kernel, programs: int, chosen: Config, q: Tensor, *args, registers: int | None = None) -> None:
+    options = {"maxnreg": registers} if registers else {}
     if programs > 0:
         with _triton.current(q):
-            kernel[(programs,)](*args, num_warps=chosen.warps, num_stages=chosen.stages)
+            kernel[(programs,)](*args, num_warps=chosen.warps, num_stages=chosen.stages, **options)
 
 
 def _new(x: Tensor, mask: Mask) -> Tensor:
     # The kernels write the rows of all sequences, but not packed tokens that belong to none.
     return torch.zeros_like(x) if mask.packed else torch.empty_like(x)
+
+
+def _near(x: Tensor) -> Tensor:
+    """x, or a dense copy where rows lie so far apart that offsets within a tile of up to 128 would not be int32."""
+    row = x.stride(2 if x.dim() == 4 else 0)
+    return x if row < _FAR // 64 else x.contiguous()
 
 
 def _with_positive_scale(q: Tensor, scale: float) -> tuple[Tensor, float, int]:
@@ -167,6 +180,8 @@ def _mask(mask: Mask) -> tiles.Mask:
 
 
 def _scores(x: Tensor, mask: Mask) -> tiles.Scores:
+    if max(x.stride()[2:]) >= _FAR // 64:  # as in _near
+        x = x.contiguous()
     b, h, row, col = (0 if size == 1 else stride for size, stride in zip(x.shape, x.stride(), strict=True))
     if mask.k_length == 1:
         col = 1  # any stride will do: take the one that most masks have, so that one kernel serves

@@ -1,7 +1,8 @@
-"""Tile sizes of attention's Triton kernels, by direction, dtype and head width.
+"""Tile sizes of attention's Triton kernels, by GPU, dtype, direction and head width.
 
-Chosen without a GPU, by what ptxas says for sm_80, sm_90 and sm_100 (bench/results/triton_builds.json): accumulators
-and scores in registers, shared memory within 163 KB. Which of those that fit is fastest is for a GPU to say.
+Chosen without a GPU, by what ptxas says of each (bench/results/triton_builds.json): no spills in the loops over whole
+tiles, products on tensor cores and not serialized, shared memory within the GPU's. Which of those that fit is fastest
+is for a GPU to say. Tiles depend on nothing else, so neither batch nor length changes a row's bits.
 """
 
 from __future__ import annotations
@@ -11,36 +12,49 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fused_transformer.kernels import _triton
+
 
 @dataclass(frozen=True)
 class Config:
     m: int  # queries of a tile
     n: int  # keys of a tile
     warps: int
-    stages: int
+    stages: int  # of the pipeline that copies tiles from global to shared memory
+    registers: int | None = None  # a thread's at most, where scores need no tile of keep, bias or dropout
 
 
-# The widest head that a line serves, then its tiles. float32 sums run outside tensor cores, where an operand is held
-# in registers whole: tiles are small.
-SIXTEEN_BITS = {
+# Lines are the widest head that they serve, then the tiles. 9.x and 10.x, 227 KB of shared memory: 128 rows are two
+# groups of four warps with the 64 rows that one wgmma takes.
+HOPPER = {
     "forward": {
-        64: Config(128, 64, 4, 3),
-        128: Config(128, 64, 8, 3),  # 8 warps: each group of four has the 64 rows that wgmma wants
-        256: Config(64, 32, 4, 2),
+        64: Config(128, 64, 8, 3, registers=128),  # so that two programs share a multiprocessor, under any mask
+        128: Config(128, 64, 8, 3),  # 128 keys would spill
+        256: Config(128, 32, 8, 2),
     },
-    "dq": {64: Config(64, 64, 4, 2), 128: Config(64, 64, 4, 2), 256: Config(64, 32, 8, 2)},
-    # two accumulators of n keys × head
-    "dkdv": {64: Config(64, 64, 4, 2), 128: Config(64, 64, 8, 2), 256: Config(32, 64, 8, 1)},
+    "dq": {64: Config(128, 64, 8, 3), 128: Config(128, 64, 8, 2), 256: Config(64, 32, 8, 2)},
+    # Two accumulators of n keys · head width: they fill the registers from 128 keys of 128 on.
+    "dkdv": {64: Config(64, 128, 8, 3), 128: Config(64, 128, 8, 3), 256: Config(32, 64, 8, 2)},
+    "tile": {64: Config(64, 32, 4, 2), 128: Config(64, 32, 4, 2), 256: Config(32, 32, 4, 1)},
 }
+# mma.sync, whose operands are in registers too: smaller tiles; within the 99 KB of 8.6, 8.9 and 12.x.
+AMPERE = {
+    "forward": {64: Config(128, 64, 4, 3), 128: Config(64, 64, 4, 2), 256: Config(64, 32, 8, 2)},
+    "dq": {64: Config(64, 32, 4, 3), 128: Config(64, 32, 4, 2), 256: Config(32, 32, 4, 1)},
+    "dkdv": {64: Config(32, 64, 4, 3), 128: Config(32, 64, 4, 2), 256: Config(16, 64, 8, 2)},
+    "tile": {64: Config(64, 32, 4, 2), 128: Config(64, 32, 4, 2), 256: Config(32, 32, 4, 1)},
+}
+# Products outside tensor cores, whose operands a thread holds for the whole head width.
 FLOAT32 = {
-    "forward": {64: Config(32, 32, 4, 2), 128: Config(32, 32, 8, 1), 256: Config(16, 32, 8, 1)},
-    "dq": {64: Config(32, 32, 8, 1), 128: Config(32, 32, 8, 1), 256: Config(16, 32, 8, 1)},
-    "dkdv": {64: Config(32, 32, 4, 1), 128: Config(32, 32, 8, 1), 256: Config(16, 32, 8, 1)},
+    "forward": {64: Config(32, 32, 4, 1), 128: Config(16, 64, 8, 1), 256: Config(16, 32, 8, 1)},
+    "dq": {64: Config(32, 32, 8, 1), 128: Config(32, 32, 8, 1), 256: Config(16, 16, 8, 1)},
+    "dkdv": {64: Config(32, 32, 8, 1), 128: Config(32, 32, 8, 1), 256: Config(16, 16, 8, 1)},
+    "tile": {64: Config(32, 32, 8, 1), 128: Config(32, 32, 8, 1), 256: Config(16, 16, 8, 1)},
 }
 
 
-def config(direction: str, q: Tensor) -> Config:
-    """The tiles of "forward", "dq", "dkdv" or what takes the tiles of dq ("dbias", "weights")."""
-    table = FLOAT32 if q.dtype == torch.float32 else SIXTEEN_BITS
-    lines = table.get(direction, table["dq"])
-    return next(line for width, line in lines.items() if q.shape[-1] <= width)
+def config(kernel: str, q: Tensor) -> Config:
+    """The tiles of "forward", "dq", "dkdv", or of the kernels that own a "tile" of scores: dbias and weights."""
+    sixteen_bits = HOPPER if _triton.capability(q.device)[0] in (9, 10) else AMPERE
+    table = FLOAT32 if q.dtype == torch.float32 else sixteen_bits
+    return next(line for width, line in table[kernel].items() if q.shape[-1] <= width)
