@@ -48,7 +48,7 @@ def forward(q, k, v, mask: Mask, scale, dropout_p, seed):
     heads, blocks = q.shape[1], triton.cdiv(mask.q_length, chosen.m)
     inputs = _rows(q), _rows(k), _rows(v), _mask(mask), _dropout(dropout_p, seed)
     sizes = heads, blocks, scale, _blocks(q, k, mask, chosen)
-    outputs = _rows(out), _per_row(lse)
+    outputs = _rows(out), lse
     simple = mask.bias is None and dropout_p == 0.0 and (mask.keep is None or mask.keep.shape[2] == 1)
     limit = chosen.registers if simple else None
     programs = blocks * mask.batch * heads
@@ -59,11 +59,12 @@ def forward(q, k, v, mask: Mask, scale, dropout_p, seed):
 def backward(dout, q, k, v, out, lse, mask: Mask, scale, dropout_p, seed, wants_dbias):
     q, k, v, out, dout = (_near(x) for x in (q, k, v, out, dout))
     dq, dk, dv = (_new(x, mask) for x in (q, k, v))
+    lse = lse.contiguous()
     delta = torch.empty_like(lse)
     q, scale, sign = _with_positive_scale(q, scale)
     heads, k_heads = q.shape[1], k.shape[1]
     inputs = _rows(q), _rows(k), _rows(v), _mask(mask), _dropout(dropout_p, seed)
-    saved = _rows(dout), _per_row(lse), _per_row(delta)
+    saved = _rows(dout), lse, delta
 
     chosen = config("dq", q)
     blocks = triton.cdiv(mask.q_length, chosen.m)
@@ -88,7 +89,7 @@ def weights(q, k, lse, mask: Mask, scale, dropout_p, seed):
     q, scale, _ = _with_positive_scale(q, scale)
     chosen = config("tile", q)
     heads, blocks_m, blocks_n = q.shape[1], triton.cdiv(mask.q_length, chosen.m), triton.cdiv(mask.k_length, chosen.n)
-    inputs = _rows(q), _rows(k), _mask(mask), _dropout(dropout_p, seed), _per_row(lse)
+    inputs = _rows(q), _rows(k), _mask(mask), _dropout(dropout_p, seed), lse
     sizes = heads, blocks_m, blocks_n, scale, _blocks(q, k, mask, chosen)
     programs = blocks_n * blocks_m * mask.batch * heads
     _launch(attention_weights_kernel, programs, chosen, q, *inputs, probabilities, *sizes)
@@ -105,7 +106,7 @@ def _bias_gradient(q, k, mask: Mask, scale, inputs, saved) -> Tensor:
     parts = max(1, min(batches * heads, 2 * _triton.multiprocessors(q.device) // max(1, owned)))
     pairs = triton.cdiv(batches * heads, parts)
     dbias = torch.empty((parts, *shape), dtype=torch.float32, device=q.device)
-    sizes = q.shape[1], shape, (batches, heads, pairs), scale, _blocks(q, k, mask, chosen)
+    sizes = q.shape[1], *shape, batches, heads, pairs, scale, _blocks(q, k, mask, chosen)
     sums = length == 1 and mask.q_length != 1, keys == 1 and mask.k_length != 1
     _launch(attention_dbias_kernel, parts * owned, chosen, q, *inputs, *saved, dbias, *sizes, *sums)
     return (dbias[0] if parts == 1 else dbias.sum(0)).to(mask.bias.dtype)
@@ -156,18 +157,13 @@ def _rows(x: Tensor) -> tiles.Rows:
     return tiles.Rows(x, 0, head, row)
 
 
-def _per_row(x: Tensor) -> tiles.Rows:
-    """(B, H, L) or (T, H) statistics."""
-    return _rows(x[..., None])
-
-
 def _mask(mask: Mask) -> tiles.Mask:
     left, right = (None if far < 0 else min(far, _FAR) for far in mask.window)
     if mask.causal:
         right = 0
     return tiles.Mask(
-        q_length=mask.q_length,
-        k_length=mask.k_length,
+        q_length=tiles.hidden(mask.q_length),
+        k_length=tiles.hidden(mask.k_length),
         q_offsets_ptr=mask.q_offsets,
         k_offsets_ptr=mask.k_offsets,
         k_lengths_ptr=mask.k_lengths,
@@ -185,15 +181,16 @@ def _scores(x: Tensor, mask: Mask) -> tiles.Scores:
     b, h, row, col = (0 if size == 1 else stride for size, stride in zip(x.shape, x.stride(), strict=True))
     if mask.k_length == 1:
         col = 1  # any stride will do: take the one that most masks have, so that one kernel serves
-    aligned = col == 1 and x.data_ptr() % 16 == 0 and all(stride % 16 == 0 for stride in (b, h, row))
     one_row = x.shape[2] == 1
+    aligned = not one_row and col == 1 and x.data_ptr() % 16 == 0 and all(step % 16 == 0 for step in (b, h, row))
     return tiles.Scores(
         ptr=x,
-        stride_b=b,
-        stride_h=h,
-        stride_l=None if one_row else row,
+        stride_b=tiles.hidden(b),
+        stride_h=tiles.hidden(h),
+        stride_l=tiles.hidden(row),
         stride_s=tl.constexpr(1) if col == 1 else col,
-        aligned=tl.constexpr(aligned and not one_row),
+        one_row=tl.constexpr(one_row),
+        aligned=tl.constexpr(aligned),
     )
 
 

@@ -67,8 +67,8 @@ def _query_gradient(
     return dq
 
 
-@triton.jit(do_not_specialize=["mask", "dropout", "lse", "delta", "H", "tiles"])
-def attention_dq_kernel(q, k, v, mask, dropout, out, dout, lse, delta, dq, H, tiles, scale, blocks):
+@triton.jit(do_not_specialize=["H", "tiles"])
+def attention_dq_kernel(q, k, v, mask, dropout, out, dout, lse_ptr, delta_ptr, dq, H, tiles, scale, blocks):
     """Grid (tiles · B · H,), as the forward kernel's. Writes dq and delta."""
     pid = tl.program_id(0)
     first = (tiles - 1 - pid % tiles) * blocks.M
@@ -77,7 +77,7 @@ def attention_dq_kernel(q, k, v, mask, dropout, out, dout, lse, delta, dq, H, ti
     head = head_of(mask, batch, h, H)
     if first >= head.queries:
         return
-    queries = queries_of(q, dout, lse, delta, batch, h, head)
+    queries = queries_of(q, dout, lse_ptr, delta_ptr, mask, batch, h, head, H)
     q_tile = load_tile(queries.q, first, head.queries, blocks, blocks.M, True)
     dout_tile = load_tile(queries.dout, first, head.queries, blocks, blocks.M, True)
     out_tile = load_tile(matrix(out, batch, h, head.q0), first, head.queries, blocks, blocks.M, True)
@@ -151,8 +151,8 @@ def _key_gradients(
     return dk, dv
 
 
-@triton.jit(do_not_specialize=["mask", "dropout", "lse", "delta", "H", "tiles"])
-def attention_dkdv_kernel(q, k, v, mask, dropout, dout, lse, delta, dk, dv, H, tiles, scale, blocks):
+@triton.jit(do_not_specialize=["H", "tiles"])
+def attention_dkdv_kernel(q, k, v, mask, dropout, dout, lse_ptr, delta_ptr, dk, dv, H, tiles, scale, blocks):
     """Grid (tiles · B · key heads,). A head's first keys go first: under a causal mask most queries see them."""
     pid = tl.program_id(0)
     k_heads = H // blocks.GROUP
@@ -180,7 +180,7 @@ def attention_dkdv_kernel(q, k, v, mask, dropout, dout, lse, delta, dk, dv, H, t
     for member in range(blocks.GROUP):
         h = hk * blocks.GROUP + member
         head = head_of(mask, batch, h, H)
-        queries = queries_of(q, dout, lse, delta, batch, h, head)
+        queries = queries_of(q, dout, lse_ptr, delta_ptr, mask, batch, h, head, H)
         if mask.right is not None:
             acc_k, acc_v = _key_gradients(
                 acc_k, acc_v, k_tile, v_tile, queries, head, mask, dropout, first, low, full_low, scale, blocks,
@@ -203,7 +203,7 @@ def attention_dkdv_kernel(q, k, v, mask, dropout, dout, lse, delta, dk, dv, H, t
             for member in range(blocks.GROUP):
                 h = hk * blocks.GROUP + member
                 head = head_of(mask, batch, h, H)
-                queries = queries_of(q, dout, lse, delta, batch, h, head)
+                queries = queries_of(q, dout, lse_ptr, delta_ptr, mask, batch, h, head, H)
                 acc_k, acc_v = _key_gradients(
                     acc_k, acc_v, k_tile, v_tile, queries, head, mask, dropout, first, low, high, scale, blocks,
                     True, True,

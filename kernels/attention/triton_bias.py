@@ -31,18 +31,16 @@ def _sum_of_rows(x, blocks):
     return tl.sum(tl.sum(tl.reshape(x, [8, blocks.M // 8, blocks.N]), 1), 0)
 
 
-@triton.jit(do_not_specialize=["mask", "dropout", "lse", "delta", "H", "shape", "summed"])
+@triton.jit(do_not_specialize=["H", "bias_b", "bias_h", "bias_l", "bias_s", "batches", "heads", "pairs"])
 def attention_dbias_kernel(
-    q, k, v, mask, dropout, dout, lse, delta, dbias_ptr, H, shape, summed, scale, blocks,
-    SUM_L: tl.constexpr, SUM_S: tl.constexpr,
+    q, k, v, mask, dropout, dout, lse_ptr, delta_ptr, dbias_ptr, H, bias_b, bias_h, bias_l, bias_s,
+    batches, heads, pairs, scale, blocks, SUM_L: tl.constexpr, SUM_S: tl.constexpr,
 ):  # fmt: skip
-    """Grid (parts · B' · H' · tiles of L' · tiles of S',), where (B', H', L', S') is `shape`, the bias's.
+    """Grid (parts · B' · H' · tiles of L' · tiles of S',), where (B', H', L', S') is the bias's shape.
 
-    summed: (batches, heads, pairs): each element sums over batches · heads = parts · pairs pairs of these. dbias:
-    (parts, B', H', L', S') float32, contiguous.
+    Each element sums over batches · heads = parts · pairs pairs of these. dbias: (parts, B', H', L', S') float32,
+    contiguous.
     """
-    bias_b, bias_h, bias_l, bias_s = shape
-    batches, heads, pairs = summed
     pid = tl.program_id(0)
     tiles_s = tl.cdiv(bias_s, blocks.N)
     tiles_l = tl.cdiv(bias_l, blocks.M)
@@ -59,7 +57,7 @@ def attention_dbias_kernel(
         batch = tl.cast(b0 + pair // heads, tl.int64)
         h = tl.cast(h0 + pair % heads, tl.int64)
         head = head_of(mask, batch, h, H)
-        queries = queries_of(q, dout, lse, delta, batch, h, head)
+        queries = queries_of(q, dout, lse_ptr, delta_ptr, mask, batch, h, head, H)
         k_rows = matrix(k, batch, h // blocks.GROUP, head.k0)
         v_rows = matrix(v, batch, h // blocks.GROUP, head.k0)
         row_high = head.queries

@@ -26,6 +26,7 @@ from fused_transformer.kernels.attention.triton_tiles import (
     load_tile,
     masked,
     matrix,
+    numbers,
     seen,
     store_numbers,
     store_tile,
@@ -100,8 +101,8 @@ def _add_unfinite(out_rows, v_rows, head, mask, first, low, high, blocks):
         store_tile(out_rows, first, head.queries, tl.where(reached > 0, out + sign * INF, out), blocks, blocks.M)
 
 
-@triton.jit(do_not_specialize=["mask", "dropout", "lse", "H", "tiles"])
-def attention_forward_kernel(q, k, v, mask, dropout, out, lse, H, tiles, scale, blocks):
+@triton.jit(do_not_specialize=["H", "tiles"])
+def attention_forward_kernel(q, k, v, mask, dropout, out, lse_ptr, H, tiles, scale, blocks):
     """Grid (tiles · B · H,). A head's last queries go first: under a causal mask they have the longest rows."""
     pid = tl.program_id(0)
     first = (tiles - 1 - pid % tiles) * blocks.M
@@ -149,7 +150,7 @@ def attention_forward_kernel(q, k, v, mask, dropout, out, lse, H, tiles, scale, 
     if not blocks.NATURAL:
         peak = peak * LN2
     row_lse = tl.where(dead, -INF, peak + tl.log(total))
-    store_numbers(matrix(lse, batch, h, head.q0), first + tl.arange(0, blocks.M), head.queries, row_lse)
+    store_numbers(numbers(lse_ptr, mask, h, head, H), first + tl.arange(0, blocks.M), head.queries, row_lse)
     if blocks.HIDES:  # noqa: SIM102  the outer one is decided when compiled
         if leaked:
             _add_unfinite(out_rows, v_rows, head, mask, first, low, high, blocks)

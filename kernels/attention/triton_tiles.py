@@ -23,7 +23,7 @@ INF = tl.constexpr(float("inf"))
 
 
 class Rows(NamedTuple):
-    """A (B, H, L, D) tensor, packed (T, H, D), or one of these without its last axis. Packed: stride_b is 0."""
+    """A (B, H, L, D) tensor, or packed (T, H, D), whose stride_b is 0."""
 
     ptr: Any
     stride_b: int
@@ -32,20 +32,21 @@ class Rows(NamedTuple):
 
 
 class Scores(NamedTuple):
-    """A (B, H, L, S) mask or bias. A stride of 0 broadcasts; stride_l None is one answer for all queries."""
+    """A (B, H, L, S) mask or bias. A stride of 0 broadcasts."""
 
     ptr: Any
-    stride_b: int
+    stride_b: int  # these three hidden: they follow the batch's lengths
     stride_h: int
-    stride_l: int | None
+    stride_l: int
     stride_s: Any  # tl.constexpr where it is 1, so that loads can be wide
+    one_row: Any  # tl.constexpr bool: there is one answer for all queries
     aligned: Any  # tl.constexpr bool: each row begins at a multiple of 16 elements and 16 bytes
 
 
 class Mask(NamedTuple):
     """mask.Mask as the kernels take it. What is absent is None and costs nothing; causal is part of left and right."""
 
-    q_length: int  # packed: the longest
+    q_length: int  # packed: the longest; both hidden
     k_length: int
     q_offsets_ptr: Any
     k_offsets_ptr: Any
@@ -106,12 +107,25 @@ class Queries(NamedTuple):
     delta: Any
 
 
+def hidden(number: int) -> int:
+    """A number ≥ 0 in a shape that Triton compiles nothing for: it would for 1, and for multiples of 16.
+
+    do_not_specialize does not reach into tuples. Odd numbers above 1 are neither; `shown` undoes it in a kernel.
+    """
+    return 2 * number + 3
+
+
+@triton.jit
+def shown(number):
+    return (number - 3) // 2
+
+
 @triton.jit
 def head_of(mask, batch, head, H):
     q0 = tl.cast(0, tl.int64)
     k0 = tl.cast(0, tl.int64)
-    queries = mask.q_length
-    own_keys = mask.k_length
+    queries = shown(mask.q_length)
+    own_keys = shown(mask.k_length)
     if mask.q_offsets_ptr is not None:
         q0 = tl.load(mask.q_offsets_ptr + batch)
         k0 = tl.load(mask.k_offsets_ptr + batch)
@@ -125,10 +139,10 @@ def head_of(mask, batch, head, H):
         shift = keys - queries
     keep_ptr = None
     if mask.keep is not None:
-        keep_ptr = mask.keep.ptr + batch * mask.keep.stride_b + head * mask.keep.stride_h
+        keep_ptr = mask.keep.ptr + batch * shown(mask.keep.stride_b) + head * shown(mask.keep.stride_h)
     bias_ptr = None
     if mask.bias is not None:
-        bias_ptr = mask.bias.ptr + batch * mask.bias.stride_b + head * mask.bias.stride_h
+        bias_ptr = mask.bias.ptr + batch * shown(mask.bias.stride_b) + head * shown(mask.bias.stride_h)
     return Head(q0, k0, queries, own_keys, keys, shift, batch * H + head, keep_ptr, bias_ptr)
 
 
@@ -138,12 +152,21 @@ def matrix(x, batch, head, token0):
 
 
 @triton.jit
-def queries_of(q, dout, lse, delta, batch, h, head):
+def numbers(ptr, mask, h, head, H):
+    """The head's part of contiguous (B, H, L) statistics, or packed (T, H)."""
+    if mask.q_offsets_ptr is not None:
+        return Matrix(ptr + head.q0 * H + h, H)
+    else:
+        return Matrix(ptr + head.outer * head.queries, 1)
+
+
+@triton.jit
+def queries_of(q, dout, lse_ptr, delta_ptr, mask, batch, h, head, H):
     return Queries(
         matrix(q, batch, h, head.q0),
         matrix(dout, batch, h, head.q0),
-        matrix(lse, batch, h, head.q0),
-        matrix(delta, batch, h, head.q0),
+        numbers(lse_ptr, mask, h, head, H),
+        numbers(delta_ptr, mask, h, head, H),
     )
 
 
@@ -222,8 +245,8 @@ def load_scores(ptr, x, head, first_row, first_col, rows, cols, EDGE: tl.constex
     if EDGE:
         cols = tl.minimum(cols, head.keys - 1 - first_col)
     offset = cols * x.stride_s
-    if x.stride_l is not None:
-        stride_l = x.stride_l
+    if not x.one_row:
+        stride_l = shown(x.stride_l)
         if x.aligned:
             stride_l = tl.multiple_of(stride_l, 16)
             ptr = tl.multiple_of(ptr, 16)

@@ -14,13 +14,14 @@ from fused_transformer.kernels.attention.triton_tiles import (
     load_tile,
     masked,
     matrix,
+    numbers,
     seen,
     shift_of,
 )
 
 
-@triton.jit(do_not_specialize=["mask", "dropout", "lse", "H", "tiles_m", "tiles_n"])
-def attention_weights_kernel(q, k, mask, dropout, lse, weights_ptr, H, tiles_m, tiles_n, scale, blocks):
+@triton.jit(do_not_specialize=["H", "tiles_m", "tiles_n"])
+def attention_weights_kernel(q, k, mask, dropout, lse_ptr, weights_ptr, H, tiles_m, tiles_n, scale, blocks):
     """Grid (tiles of keys · tiles of queries · B · H,). weights: (B, H, L, S) contiguous; masked ones are 0."""
     pid = tl.program_id(0)
     col = pid % tiles_n * blocks.N
@@ -39,7 +40,7 @@ def attention_weights_kernel(q, k, mask, dropout, lse, weights_ptr, H, tiles_m, 
     if (col >= low) & (col < high):
         q_tile = load_tile(matrix(q, batch, h, head.q0), row, head.queries, blocks, blocks.M, True)
         k_tile = load_tile(matrix(k, batch, h // blocks.GROUP, head.k0), col, head.keys, blocks, blocks.N, True)
-        shift = shift_of(load_numbers(matrix(lse, batch, h, head.q0), rows, head.queries, -INF, True), blocks)
+        shift = shift_of(load_numbers(numbers(lse_ptr, mask, h, head, H), rows, head.queries, -INF, True), blocks)
         score = tl.dot(q_tile, tl.trans(k_tile), input_precision=blocks.PRECISION)
         if blocks.NATURAL:
             score = score * scale
@@ -49,7 +50,7 @@ def attention_weights_kernel(q, k, mask, dropout, lse, weights_ptr, H, tiles_m, 
             seed = tl.load(dropout.seed_ptr)
             kept = _triton.kept(seed, dropout.threshold, head.outer, rows, col, blocks.N)
             weight = tl.where(kept, weight * dropout.keep_scale, 0.0)
-    weights_ptr += (tl.cast(outer, tl.int64) * mask.q_length + row) * mask.k_length
-    ptrs = weights_ptr + (offs_m[:, None] * mask.k_length + cols[None, :])
-    mask_store = (rows[:, None] < head.queries) & (cols[None, :] < mask.k_length)
+    weights_ptr += (head.outer * head.queries + row) * head.own_keys
+    ptrs = weights_ptr + (offs_m[:, None] * head.own_keys + cols[None, :])
+    mask_store = (rows[:, None] < head.queries) & (cols[None, :] < head.own_keys)
     tl.store(ptrs, weight.to(weights_ptr.dtype.element_ty), mask=mask_store)

@@ -17,13 +17,11 @@ def qkv(dtype, B, H, Hk, L, S, D):
     return make(B, L, H, D).transpose(1, 2), *(make(B, S, Hk, D).transpose(1, 2) for _ in "kv")
 
 
-def train(dtype, *, B=4, H=8, Hk=8, L=512, S=512, D=64, keep=False, bias=False, **options):
-    """Forward and backward."""
+def train(dtype, *, B=4, H=8, Hk=8, L=512, S=512, D=64, bias=None, **options):
+    """Forward and backward. bias: its shape."""
     q, k, v = qkv(dtype, B, H, Hk, L, S, D)
-    if keep:
-        options["keep"] = torch.empty(B, 1, L, S, dtype=torch.bool)
     if bias:
-        options["bias"] = torch.empty(1, H, L, S, dtype=dtype, requires_grad=True)
+        options["bias"] = torch.empty(bias, dtype=dtype, requires_grad=True)
     attention(q, k, v, **options).sum().backward()
 
 
@@ -43,14 +41,18 @@ def lengths(count, longest):
 
 JOBS = {
     "D=64 float32": partial(train, FULL),
+    "D=128 float32": partial(train, FULL, D=128),
+    "D=256 float32": partial(train, FULL, D=256),
     "D=64 float16": partial(train, HALF),
     "D=64 bfloat16": partial(train, BRAIN),
     "D=128 bfloat16": partial(train, BRAIN, D=128),
     "D=256 bfloat16": partial(train, BRAIN, D=256),
     "causal, grouped queries D=64 bfloat16": partial(train, BRAIN, H=32, causal="bottom_right"),
     "causal, lengths D=128 bfloat16": partial(train, BRAIN, D=128, causal="bottom_right", k_lengths=lengths(4, 512)),
-    "keep D=64 bfloat16": partial(train, BRAIN, keep=True),
-    "bias, window, dropout D=64 bfloat16": partial(train, BRAIN, bias=True, window=(128, 0), dropout_p=0.1),
+    "keep D=64 bfloat16": partial(train, BRAIN, keep=torch.empty(4, 1, 512, 512, dtype=torch.bool)),
+    "keep over keys D=64 bfloat16": partial(train, BRAIN, keep=torch.empty(4, 1, 1, 512, dtype=torch.bool)),
+    "bias over keys D=128 bfloat16": partial(train, BRAIN, D=128, bias=(4, 1, 1, 512)),
+    "bias, window, dropout D=64 bfloat16": partial(train, BRAIN, bias=(1, 8, 512, 512), window=(128, 0), dropout_p=0.1),
     "packed D=64 bfloat16": packed,
     "weights bfloat16": weights,
 }
@@ -64,6 +66,7 @@ SIZES = (
 
 
 def vary(index: int):
-    """Training with lengths, causal, for another batch and other lengths."""
+    """Training with lengths, causal and a mask over keys, for another batch and other lengths."""
     B, L, S = SIZES[index]
-    train(BRAIN, B=B, L=L, S=S, causal="bottom_right", k_lengths=lengths(B, S))
+    keep = torch.empty(B, 1, 1, S, dtype=torch.bool)
+    train(BRAIN, B=B, L=L, S=S, causal="bottom_right", k_lengths=lengths(B, S), keep=keep)
