@@ -9,8 +9,9 @@
 //   lse, delta         (B, H, L) float32, strided like q without its last axis
 //   keep               bytes, 0 = masked; bias: added to the scores, -inf = masked; both strided, stride 0 broadcasts
 //
-// D is 1 ... 256. All arithmetic and every sum is float32. A row with nothing to attend to gives out = 0, lse = -inf
-// and no gradient. What a masked key or value holds (NaN included) reaches neither the outputs nor the gradients.
+// D is 1 ... 256. All arithmetic and every sum is float32 (on CUDA, weights and their gradients are rounded to a 16-bit
+// dtype where they are factors of a product). A row with nothing to attend to gives out = 0, lse = -inf and no
+// gradient. What a masked key or value holds (NaN included) reaches neither the outputs nor the gradients.
 
 #include <cstdint>
 
@@ -56,7 +57,7 @@ struct Attention {
 
   // CUDA alone.
   const uint64_t* seed_data = nullptr;         // instead of `seed`: one number in the kernel's memory
-  uint64_t* keep_bits = nullptr;               // uninitialised memory for keep_words() words, if there is `keep`
+  uint64_t* keep_bits = nullptr;               // uninitialised: a word for 64 keys, and once what `keep` broadcasts
   int multiprocessors = 1;                     // of the device
   int64_t keep_bits_stride[4] = {0, 0, 0, 0};  // this and what follows: set by the launchers
   bool vectors = false, bias_vectors = false;  // every row of every tensor, of bias, starts at a multiple of 16 bytes

@@ -8,7 +8,7 @@ namespace fused::cuda {
 namespace {
 
 constexpr int kWarps = 4, kThreads = kWarps * kWarp, kQueries = 16 * kWarps, kKeys = 64, N = kKeys / 8;
-constexpr int kStride = kKeys + 8;  // of a row on its way out; the 8 spread the banks
+constexpr int kStride = kKeys + 4;  // of a row on its way out; the 4 spread the banks
 
 using Bias = BiasTile<kQueries, kKeys>;
 

@@ -15,10 +15,26 @@ _C = _cuda.library()
 # not leave the device to a few; each block that shares a sum costs a tile of float32 memory.
 BIAS_BLOCKS_PER_MULTIPROCESSOR = 2
 BIAS_TILE = 64  # queries and keys of a block (csrc/attention/backward_bias.cu)
+# GPUs that give a block 99 KB of shared memory, where the others give it 163 or more; and the widest heads whose tiles
+# fit into so little.
+LITTLE_SHARED_MEMORY = {(8, 6), (8, 9), (12, 0), (12, 1)}
+WIDEST_THERE = {torch.float32: 64, torch.float16: 128, torch.bfloat16: 128}
 
 
 def refuses(q, k, v, mask: Mask, scale, dropout_p, seed) -> str | None:
-    return native.refuses_width(q) or _cuda.refuses_tensors(q=q, k=k, v=v, bias=mask.bias)
+    why = native.refuses_width(q) or _cuda.refuses_tensors(q=q, k=k, v=v, bias=mask.bias)
+    return why or _refuses_width_there(q)
+
+
+def _refuses_width_there(q: Tensor) -> str | None:
+    major, minor = _cuda.capability(q.device)
+    widest = WIDEST_THERE[q.dtype] if (major, minor) in LITTLE_SHARED_MEMORY else q.shape[-1]
+    if q.shape[-1] <= widest:
+        return None
+    dtype = str(q.dtype).removeprefix("torch.")
+    return (
+        f"tiles of {q.shape[-1]} columns of {dtype} do not fit the shared memory of compute capability {major}.{minor}"
+    )
 
 
 def forward(q, k, v, mask: Mask, scale, dropout_p, seed):

@@ -7,6 +7,9 @@ import pytest
 import torch
 
 from fused_transformer.kernels import _cuda, attention, attention_with_lse
+from fused_transformer.kernels.attention import op
+from fused_transformer.kernels.attention.mask import Mask
+from tests import emulated
 from tests.inputs import FLOATS, case_id, dtype_id, normal, running_on
 from tests.inputs import Case as C
 from tests.oracle import assert_backend_matches, assert_equal, run_with_gradients
@@ -53,6 +56,19 @@ def test_large_and_small_tiles_give_the_same_bits(width, dtype, device, monkeypa
 def test_scales_that_turn_the_order_round(scale, multiprocessors, device):
     keep = torch.rand(70, 70, device=device) < 0.7
     assert_backend_matches(attention_with_lse, "cuda", qkv(device=device), scale=scale, keep=keep)
+
+
+@pytest.mark.skipif(not emulated.installed(), reason="a device's capability is not for a test to choose")
+@pytest.mark.parametrize(("dtype", "widest"), [(torch.float32, 64), (torch.bfloat16, 128)], ids=str)
+def test_tiles_that_little_shared_memory_has_no_room_for_are_refused(dtype, widest, monkeypatch):
+    monkeypatch.setattr(_cuda, "capability", lambda device: (8, 6))
+    mask = Mask(1, 3, 3, None, None, False, (-1, -1), None, None, None)
+    for width in (widest, widest + 1):
+        x = torch.zeros(1, 1, 3, width, dtype=dtype)
+        with emulated.wanted():
+            why = op.why_not("cuda", x, x, x, mask, 1.0, 0.0, None)
+        assert (why is None) == (width == widest)
+        assert why is None or "do not fit the shared memory of compute capability 8.6" in why
 
 
 # ---------------------------------------------------------------- moves
