@@ -193,6 +193,8 @@ class BuildNative(build_ext):
         host = ",".join(flag for flag in HOST_FLAGS if flag.startswith(("-f", "-W")))
         flags = ["-std=c++17", "-O3", "--threads=1", f"-ccbin={self.compiler_command[0]}", f"-Xcompiler={host}", *user]
         flags += ["-DFUSED_WITH_CUDA", "-Xptxas=-v"]
+        if int(self.toolkit.version.partition(".")[0]) >= 13:  # which needs a driver that can unpack it anyway
+            flags.append("--compress-mode=size")
         for source in sorted(CSRC.rglob("*.cu")):
             archs = [a for a in self.archs if a == "sm_90a"] if source.stem.endswith("_sm90") else self.archs
             if archs:

@@ -15,12 +15,7 @@ from tests.csrc import building, cuda_builds
 
 # Kernels that may keep something in local memory, and why; none may where it is not said here. How much is on record,
 # and may not grow.
-MAY_SPILL: dict[str, str] = {
-    "attention_forward_kernel": "values that are not finite are added to sums in local memory, a rare path",
-    "attention_backward_keys_kernel": "two accumulators of a whole head beside the scores are more than 255 registers",
-    "attention_backward_queries_kernel": "as attention_backward_keys_kernel",
-    "attention_backward_statistics_kernel": "16 bytes, for heads of 128 on sm_80",
-}
+MAY_SPILL: dict[str, str] = {}
 SHARED_LIMIT = 48 * 1024  # static: more than this can only be asked for at the launch
 
 needs_nvcc = pytest.mark.skipif(cuda_builds.toolkit() is None, reason="no CUDA toolkit (nvcc) on this machine")
@@ -79,8 +74,9 @@ def test_the_extension_stays_small():
     library = _native.library()
     if not library.cuda_archs:
         pytest.skip("this build has no CUDA")
-    # The aim is 20 MB; the kernels that CUDA attention chooses between took it beyond, to 25 MB and more.
-    assert Path(library.__file__).stat().st_size < 40e6
+    if cuda_builds.toolkit() is None or int(cuda_builds.toolkit().version.partition(".")[0]) < 13:
+        pytest.skip("nvcc before 13 does not compress machine code by itself")
+    assert Path(library.__file__).stat().st_size < 20e6
 
 
 def test_the_record_is_of_todays_kernels():
