@@ -16,8 +16,10 @@ from contextvars import ContextVar
 from types import ModuleType
 
 import torch
+from torch import Tensor
 
 BACKENDS = ("cuda", "triton", "cpu", "reference")
+ON_CPU = ("cpu", "reference")  # these take CPU tensors; Triton's interpreter does too, where it is forced
 
 _forced: ContextVar[str | None] = ContextVar("forced_backend", default=None)
 
@@ -74,6 +76,11 @@ def observe(observer: Callable[[Op, str, tuple], None]) -> Iterator[None]:
         _observer = before
 
 
+def undisturbed() -> bool:
+    """Whether nobody forces a backend or looks on: then an op may take a way round its backends' three functions."""
+    return _observer is None and _forced.get() is None
+
+
 class Op:
     """The backends of one op in order of preference; the last, "reference", refuses nothing."""
 
@@ -81,6 +88,7 @@ class Op:
         self.name = package.rpartition(".")[2]
         self.package = package
         self.order = order
+        self._on_cpu = tuple(backend for backend in order if backend in ON_CPU)
         # The module, or why it did not import: remembered, because trying again costs 400 µs a call.
         self._modules: dict[str, ModuleType | str] = {}
         OPS[self.name] = self
@@ -117,11 +125,16 @@ class Op:
             if forced or backend != "reference"
         )
 
+    def _candidates(self, args: tuple) -> tuple[str, ...]:
+        """`order` without the backends that would refuse the first argument because of its device."""
+        on_cpu = self._on_cpu and args and isinstance(args[0], Tensor) and args[0].is_cpu
+        return self._on_cpu if on_cpu and self._on_cpu[-1] == "reference" else self.order
+
     def pick(self, *args) -> ModuleType:
         """The first backend that takes `args`; the forced one, if there is one, or an error."""
-        forced = forced_backend()
+        forced = _forced.get()
         reasons = {}
-        for backend in (forced,) if forced else self.order:
+        for backend in (forced,) if forced else self._candidates(args):
             module = self._modules.get(backend)  # in most calls it has been imported
             why = module.refuses(*args) if type(module) is ModuleType else self.why_not(backend, *args)
             if why is None:

@@ -27,6 +27,10 @@ def library() -> ModuleType:
     return _C
 
 
+def available() -> bool:
+    return _C is not None
+
+
 def cuda_library() -> ModuleType:
     """The extension module, if it was compiled with CUDA; else ImportError with the reason."""
     if not library().cuda_archs:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from fused_transformer.kernels import attention, attention_weights, attention_with_lse, new_seed
+from fused_transformer.kernels import attention, attention_weights, attention_with_lse, new_seed, self_attention
 from fused_transformer.masks import MultiheadAttentionError, attention_masks, check_inputs, check_masks
 from fused_transformer.nested import forward_nested
 
@@ -36,7 +36,7 @@ def allow_bypass(module: nn.MultiheadAttention) -> None:
 def has_pre_hooks(module: nn.Module) -> bool:
     """Whether `module` has forward pre-hooks other than that one."""
     hooks = module._forward_pre_hooks
-    return bool(hooks) and any(hook is not _no_op for hook in hooks.values())
+    return bool(hooks) and [*hooks.values()] != [_no_op]
 
 
 class MultiheadAttention(nn.MultiheadAttention):
@@ -131,6 +131,17 @@ class MultiheadAttention(nn.MultiheadAttention):
             weights: (N, L, S), or (N, H, L, S) if not averaged, without N if unbatched; after dropout, as torch's. One
                 key more each for add_bias_kv and add_zero_attn. None if not need_weights.
         """
+        unmasked = key_padding_mask is attn_mask is key_lengths is q_offsets is k_offsets is None
+        if unmasked and query is key is value and (projection := self._plain_projection(query)) is not None:
+            heads, weights = self_attention(
+                F.linear(query, *projection),
+                self.num_heads,
+                causal=is_causal,
+                weights=("mean" if average_attn_weights else "each") if need_weights else None,
+                batch_first=self.batch_first,
+                dropout_p=self.dropout if self.training else 0.0,
+            )
+            return self.out_proj(heads), weights
         if query.is_nested or key.is_nested or value.is_nested:
             return forward_nested(
                 self,
@@ -173,6 +184,16 @@ class MultiheadAttention(nn.MultiheadAttention):
         if average_attn_weights:
             weights = weights.mean(dim=1)
         return self.merge(heads, batched), weights if batched else weights[0]
+
+    def _plain_projection(self, x: Tensor) -> tuple[Tensor, Tensor | None] | None:
+        """Weight and bias of one product that makes x's queries, keys and values, if its attention is no more."""
+        weight, bias = self.in_proj_weight, self.in_proj_bias
+        if weight is None or self.bias_k is not None or self.add_zero_attn or x.is_nested:
+            return None
+        shape = x.shape
+        if len(shape) != 3 or shape[2] != self.embed_dim or (bias is not None and bias.dtype != weight.dtype):
+            return None
+        return weight, bias
 
     # ------------------------------------------------------------ its parts, which cached decoding calls one by one
 

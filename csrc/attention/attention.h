@@ -86,7 +86,8 @@ struct AttentionBackward : Attention {
 
 struct AttentionWeights : Attention {
   Rows lse;
-  void* weights;  // (B, H, L, S) contiguous, dtype; written whole, 0 where masked
+  void* weights;         // (B, H, L, S) contiguous, dtype; written whole, 0 where masked
+  void* mean = nullptr;  // (B, L, S) contiguous, dtype: over the heads; nullptr: not wanted. CPU alone
 };
 
 constexpr int kMaxHeadWidth = 256;

@@ -69,6 +69,20 @@ void tile_rows(const AttentionWeights& args, const Sequence& s, int64_t index, f
   }
 }
 
+// One query's mean over the heads. Summed in their order, in float32.
+template <class T>
+void mean_row(const AttentionWeights& args, int64_t row) {
+  const int64_t b = row / args.L, i = row % args.L, head = args.L * args.S;
+  const T* weights = static_cast<const T*>(args.weights) + b * args.H * head + i * args.S;
+  T* out = static_cast<T*>(args.mean) + row * args.S;
+  for (int64_t j = 0; j < args.S; j += kWidth) {
+    const int count = int(smaller(kWidth, args.S - j));
+    Vec sum{};
+    for (int64_t h = 0; h < args.H; ++h) sum += load(weights + h * head + j, count);
+    store(out + j, sum / splat(float(args.H)), count);
+  }
+}
+
 }  // namespace
 
 void attention_weights(const AttentionWeights& args) {
@@ -79,6 +93,11 @@ void attention_weights(const AttentionWeights& args) {
     with_storage(args.dtype, [&](auto tag) {
       tile_rows<typename decltype(tag)::type>(args, s, task % tiles, args.scratch + omp_get_thread_num() * size);
     });
+  });
+  if (args.mean == nullptr) return;
+  with_storage(args.dtype, [&](auto tag) {
+    parallel_for(args.B * args.L, heads * args.L * args.S,
+                 [&](int64_t row) { mean_row<typename decltype(tag)::type>(args, row); });
   });
 }
 

@@ -12,9 +12,9 @@ from fused_transformer.kernels._autocast import lowered
 from fused_transformer.kernels._autograd import once_differentiable
 from fused_transformer.kernels._checks import dense_last, require_dropout
 from fused_transformer.kernels._compile import routed
-from fused_transformer.kernels._dispatch import Op
+from fused_transformer.kernels._dispatch import Op, undisturbed
 from fused_transformer.kernels._philox import new_seed
-from fused_transformer.kernels.attention import compiled
+from fused_transformer.kernels.attention import compiled, together
 from fused_transformer.kernels.attention.checks import check_statistics, check_tensors
 from fused_transformer.kernels.attention.mask import Causal, Mask, make_mask
 
@@ -188,6 +188,66 @@ def attention_with_lse(
         return _Attention.apply(q, k, v, mask.bias, mask, scale, float(dropout_p), seed)
     arguments = (q, k, v, mask, scale, float(dropout_p), seed)
     return op.pick(*arguments).forward(*arguments)  # a short call's time is half apply()
+
+
+def self_attention(
+    qkv: Tensor,
+    heads: int,
+    *,
+    causal: bool = False,
+    weights: together.Weights = None,
+    batch_first: bool = True,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """`attention` of sequences over themselves, from the one product that makes queries, keys and values of them.
+
+        q, k, v = the thirds of qkv's last axis, each cut into the heads
+        out     = the heads' attention(q, k, v), side by side again
+
+    Args:
+        qkv: (B, L, 3·H·D), or (L, B, 3·H·D) if not batch_first. Dtypes as `attention` takes them.
+        heads: H.
+        causal: query i sees keys 0 ... i.
+        weights: "each": return what `attention_weights` gives too; "mean": its mean over the heads.
+        batch_first: which of qkv's axes is the batch.
+        dropout_p, seed: as `attention` takes them.
+
+    Returns:
+        out: qkv's shape with a third of its last axis.
+        weights: (B, H, L, L) of each head, (B, L, L) on average, or None.
+        Bit for bit, out and each head's weights are what `attention` and `attention_weights` give.
+
+    Raises:
+        ValueError: qkv is not 3-D, or 3·H does not divide its last axis; or as `attention`.
+
+    Numerics: `attention`'s. In inference on a CPU it is one call of compiled code: L = 1 takes a third of the time.
+    Source: Vaswani et al. 2017, section 3.2.2.
+    """
+    if weights not in (None, "each", "mean"):
+        raise ValueError(f'weights must be "each", "mean" or None, got {weights!r}')
+    if qkv.dim() != 3 or heads < 1 or qkv.shape[2] % (3 * heads):
+        raise ValueError(f"qkv must be (B, L, 3 * {heads} * D), got {tuple(qkv.shape)}")
+    if not routed(qkv):
+        if dropout_p != 0.0:
+            require_dropout(dropout_p, seed, qkv.device)
+            seed = new_seed(qkv.device) if seed is None else seed  # out and weights get the same
+        differentiated = _differentiated(qkv)
+        if undisturbed() and together.takes(qkv, heads, differentiated):
+            options = (heads, bool(causal), weights, batch_first, dropout_p, seed)
+            if differentiated:
+                return together.SelfAttention.apply(qkv, *options)
+            return together.forward(qkv, *options)
+    q, k, v = together.thirds(qkv, heads, batch_first)
+    if dropout_p > 0.0 and seed is None:
+        seed = new_seed(qkv.device)
+    masks: dict = {"causal": "top_left" if causal else False, "dropout_p": dropout_p, "seed": seed}
+    out, lse = attention_with_lse(q, k, v, **masks)
+    out = (out.transpose(1, 2) if batch_first else out.permute(2, 0, 1, 3)).flatten(2)
+    if weights is None:
+        return out, None
+    each = attention_weights(q, k, lse, **masks)
+    return out, each if weights == "each" else each.mean(dim=1)
 
 
 def attention_weights(

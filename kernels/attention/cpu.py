@@ -13,7 +13,12 @@ C = _native.library()
 
 
 def refuses(q, k, v, mask: Mask, scale, dropout_p, seed) -> str | None:
-    return native.refuses_width(q) or _native.refuses_tensors("cpu", q=q, k=k, v=v, bias=mask.bias)
+    why = native.refuses_width(q)
+    if why is not None:
+        return why
+    if q.is_cpu and k.is_cpu and v.is_cpu and q.dtype == k.dtype == v.dtype in _native.DTYPES and mask.bias is None:
+        return None
+    return _native.refuses_tensors("cpu", q=q, k=k, v=v, bias=mask.bias)
 
 
 def forward(q, k, v, mask: Mask, scale, dropout_p, seed):
@@ -25,7 +30,7 @@ def forward(q, k, v, mask: Mask, scale, dropout_p, seed):
         return out.zero_(), lse.fill_(-torch.inf)
     scratch = _scratch("forward", q)
     problem = native.problem(q, k, v, mask, scale, dropout_p, seed)
-    C.attention_forward(problem, native.rows(out), native.rows(lse[..., None]), scratch.data_ptr())
+    C.attention_forward(problem, native.rows(out), native.statistics(lse), scratch.data_ptr())
     return out, lse
 
 
@@ -39,7 +44,7 @@ def backward(dout, q, k, v, out, lse, mask: Mask, scale, dropout_p, seed, wants_
         scratch = _scratch("backward", q)
         problem = native.problem(q, k, v, mask, scale, dropout_p, seed)
         saved, gradients = (
-            (native.rows(out), native.rows(dout), native.rows(lse[..., None])),
+            (native.rows(out), native.rows(dout), native.statistics(lse)),
             (native.rows(dq), native.rows(dk), native.rows(dv)),
         )
         C.attention_backward(problem, saved, gradients, native.scores(dbias), scratch.data_ptr())
@@ -51,7 +56,7 @@ def weights(q, k, lse, mask: Mask, scale, dropout_p, seed):
     probabilities = torch.empty((*q.shape[:3], mask.k_length), dtype=q.dtype)
     scratch = _scratch("weights", q)
     problem = native.problem(q, k, k, mask, scale, dropout_p, seed)
-    C.attention_weights(problem, native.rows(lse[..., None]), probabilities.data_ptr(), scratch.data_ptr())
+    C.attention_weights(problem, native.statistics(lse), probabilities.data_ptr(), scratch.data_ptr())
     return probabilities
 
 

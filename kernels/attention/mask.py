@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 import torch
@@ -37,6 +38,13 @@ class Mask:
         return self.q_offsets is not None
 
 
+@lru_cache(4096)
+def _of_sizes(batch: int, q_length: int, k_length: int, causal: Causal) -> Mask:
+    """The mask of calls without any but `causal`, made once for all of these sizes."""
+    require(causal in (False, "top_left", "bottom_right"), _CAUSAL_HELP.format(causal))
+    return Mask(batch, q_length, k_length, None, None, causal, (-1, -1), None, None, None)
+
+
 def make_mask(
     q: Tensor,
     k: Tensor,
@@ -53,6 +61,8 @@ def make_mask(
 
     Of tensors without numbers the shapes alone are checked, and the lengths of a packed batch are 0.
     """
+    if keep is bias is window is k_lengths is q_offsets is k_offsets is None and type(q) is Tensor:
+        return _of_sizes(q.shape[0], q.shape[2], k.shape[2], causal)
     require(causal in (False, "top_left", "bottom_right"), _CAUSAL_HELP.format(causal))
     left, right = (-1, -1) if window is None else window
     require(left >= -1 and right >= -1, f"window must be (left, right), each >= 0 or -1 for no limit, got {window}")

@@ -42,14 +42,19 @@ def problem(q, k, v, mask: Mask, scale, dropout_p, seed) -> tuple:
 
 
 def rows(x: Tensor) -> tuple[int, int, int, int]:
-    """Address and strides (batch, head, row); packed tensors (T, H, ...) have no batch axis.
-
-    The statistics (B, H, L) and (T, H) are given as rows without a last axis.
-    """
+    """Address and strides (batch, head, row); packed tensors (T, H, ...) have no batch axis."""
     if x.dim() == 4:
         batch, head, row, _ = x.stride()
         return x.data_ptr(), batch, head, row
     row, head, _ = x.stride()
+    return x.data_ptr(), 0, head, row
+
+
+def statistics(x: Tensor) -> tuple[int, int, int, int]:
+    """The same of what has no last axis: (B, H, L), or packed (T, H)."""
+    if x.dim() == 3:
+        return (x.data_ptr(), *x.stride())
+    row, head = x.stride()
     return x.data_ptr(), 0, head, row
 
 

@@ -61,6 +61,12 @@ def attention_packed(device: str) -> Call:
     return Call(kernels.attention, tensors, offsets)
 
 
+def self_attention(device: str) -> Call:
+    tensors = {"qkv": normal(2, 6, 3 * 2 * 16, device=device)}
+    options = {"heads": 2, "causal": True, "weights": "mean", "dropout_p": 0.25, "seed": seed(device)}
+    return Call(kernels.self_attention, tensors, options)
+
+
 def attention_weights(device: str) -> Call:
     tensors = {name: normal(2, 2, 5, 8, device=device) for name in "qk"}
     lse = torch.logsumexp(tensors["q"] @ tensors["k"].mT / 8**0.5, -1)
@@ -128,6 +134,7 @@ CALLS = {
         attention_keep,
         attention_packed,
         attention_weights,
+        self_attention,
         decode_attention,
         layer_norm,
         rms_norm,
