@@ -204,8 +204,12 @@ class MultiheadAttention(nn.MultiheadAttention):
             bias: Tensor | None = self.in_proj_bias
             if bias is not None and bias.dtype != weight.dtype:
                 bias = bias.to(weight.dtype)
-            q, k, v = F.linear(query, weight, bias).chunk(3, dim=-1)
-            return self._split_heads(q), self._split_heads(k), self._split_heads(v)
+            x = F.linear(query, weight, bias).view(*query.shape[:-1], 3, self.num_heads, self.head_dim)
+            if x.dim() == 4:
+                q, k, v = x[None].permute(2, 0, 3, 1, 4).unbind(0)
+            else:
+                q, k, v = x.permute(*((2, 0, 3, 1, 4) if self.batch_first else (2, 1, 3, 0, 4))).unbind(0)
+            return q, k, v
         return self.project_query(query), *self.project_keys(key, value)
 
     def project_query(self, query: Tensor) -> Tensor:

@@ -61,7 +61,8 @@ def make_mask(
 
     Of tensors without numbers the shapes alone are checked, and the lengths of a packed batch are 0.
     """
-    if keep is bias is window is k_lengths is q_offsets is k_offsets is None and type(q) is Tensor:
+    no_scores, no_lengths = keep is None and bias is None and window is None, k_lengths is None and q_offsets is None
+    if no_scores and no_lengths and k_offsets is None and type(q) is Tensor:
         return _of_sizes(q.shape[0], q.shape[2], k.shape[2], causal)
     require(causal in (False, "top_left", "bottom_right"), _CAUSAL_HELP.format(causal))
     left, right = (-1, -1) if window is None else window

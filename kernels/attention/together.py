@@ -15,7 +15,7 @@ from torch import Tensor
 from fused_transformer.kernels import _native, _philox
 from fused_transformer.kernels._autograd import once_differentiable
 from fused_transformer.kernels.attention import reference
-from fused_transformer.kernels.attention.mask import make_mask
+from fused_transformer.kernels.attention.mask import Causal, make_mask
 
 Weights = Literal["each", "mean", None]
 
@@ -89,8 +89,8 @@ def forward(
         qkv.data_ptr(),
         out.data_ptr(),
         statistics if lse is None else lse.data_ptr(),
-        0 if wanted is None else wanted.data_ptr() if weights == "each" else statistics + 4 * rows,
-        wanted.data_ptr() if weights == "mean" else 0,
+        statistics + 4 * rows if weights == "mean" else _native.ptr(wanted),
+        _native.ptr(wanted) if weights == "mean" else 0,
         address,
     )
     return out, wanted
@@ -131,11 +131,11 @@ class SelfAttention(torch.autograd.Function):
 def _add_gradient_of_weights(dqkv, dweights, qkv, lse, seed, options) -> None:
     heads, causal, batch_first, dropout_p = options
     (q, k, _), (dq, dk, _) = (thirds(x, heads, batch_first) for x in (qkv, dqkv))
-    causal = "top_left" if causal else False
+    seen: Causal = "top_left" if causal else False
     masks = dict.fromkeys(("keep", "bias", "window", "k_lengths", "q_offsets", "k_offsets"))
     if dweights.dim() == 3:  # of the mean
         dweights = (dweights / heads)[:, None].expand(-1, heads, -1, -1)
-    mask = make_mask(q, k, causal=causal, **masks)
+    mask = make_mask(q, k, causal=seen, **masks)
     scale = 1.0 / math.sqrt(q.shape[-1])
     of_q, of_k, _ = reference.weights_backward(dweights, q, k, lse, mask, scale, dropout_p, seed, False)
     dq += of_q
