@@ -1,4 +1,4 @@
-"""Translates batches of token numbers with a Transformer: greedy decoding and beam search.
+"""Translates batches of token numbers with a Transformer: greedy decoding, beam search, samples.
 
 Keys and values of earlier positions are kept between steps (`DecoderState`); only the newest position is computed.
 """
@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from fused_transformer.search import Hypotheses, Step, search_beams, search_greedy
+from fused_transformer.sampling import sentence_keys
+from fused_transformer.search import Hypotheses, OnTokens, SearchOptions, search
 
 if TYPE_CHECKING:
     from fused_transformer.model import Transformer
@@ -47,34 +48,78 @@ class _CachedStep:
         return self.model.project(self.model.step(prefixes[:, -1], self.state))
 
 
-def _encode(
-    model: Transformer,
-    source_tokens: Tensor,
-    source_lengths: Tensor | None,
-    max_lengths: Tensor | None,
-    beam_size: int = 1,
-) -> tuple[Step, Tensor]:
-    """The step function over the encoded source, and the most tokens each sentence may get."""
+def _check_source(source_tokens: Tensor) -> None:
     if not isinstance(source_tokens, Tensor):
         raise TypeError(f"source_tokens must be a torch.Tensor, got {type(source_tokens).__name__}")
     if source_tokens.dim() != 2:
         raise ValueError(f"source_tokens must be (B, S), got shape {tuple(source_tokens.shape)}")
-    if source_lengths is None:
-        source_lengths = model.lengths(source_tokens)
-    if max_lengths is None:
-        max_lengths = source_lengths.long() + 50
-    if max_lengths.shape != source_tokens.shape[:1]:
-        raise ValueError(f"max_lengths must be ({len(source_tokens)},), got shape {tuple(max_lengths.shape)}")
-    memory = model.encode(source_tokens, source_lengths)
-    return _CachedStep(model, memory, source_lengths, beam_size), max_lengths
 
 
-def _special(model: Transformer) -> dict[str, int]:
-    config = model.config
-    return {"bos_idx": config.bos_idx, "eos_idx": config.eos_idx, "padding_idx": config.padding_idx}
+def _limits(source_lengths: Tensor, options: SearchOptions) -> Tensor:
+    """(B,) int64: the most tokens of each translation, eos counted, as the options have it."""
+    limits = source_lengths.long() + options.max_length_beyond_source
+    limits = limits.clamp(min=options.min_length + 1)  # which needs no more than max_length
+    return limits if options.max_length is None else limits.clamp(max=options.max_length)
 
 
 @torch.no_grad()
+def generate(
+    model: Transformer,
+    source_tokens: Tensor,
+    source_lengths: Tensor | None = None,
+    options: SearchOptions | None = None,
+    *,
+    max_lengths: Tensor | None = None,
+    prefixes: Tensor | None = None,
+    on_tokens: OnTokens | None = None,
+) -> Hypotheses:
+    """Translate as the options say: beam search, greedily if beam_size is 1, or by drawing if num_samples is set.
+
+    A translation does not depend on the other sentences of its batch (but for the rounding of matrix products).
+
+    Args:
+        model: decoded in eval mode, and left in the mode it was in.
+        source_tokens: (B, S) int64, right-padded with the model's padding_idx.
+        source_lengths: (B,) int64; None counts the tokens that are not padding.
+        options: None: the paper's beam search.
+        max_lengths: (B,) int64, most tokens generated, eos and prefix counted; None: as the options say, by default
+            source_lengths + 50.
+        prefixes: (B, P) int64, what each translation begins with, right-padded with the model's padding_idx.
+        on_tokens: told after each step of the tokens that are certain by then; see `NewTokens`.
+
+    Returns:
+        Hypotheses with N = options.returned, best first: tokens (B, N, T), lengths, scores, finished (B, N) and
+        log_probs (B, N, T).
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong type, shape or range, or the model gives NaN.
+
+    Source: the limit of source + 50 is Vaswani et al. 2017, section 6.1; for the rest see `SearchOptions`.
+    """
+    _check_source(source_tokens)
+    options = options or SearchOptions()
+    if source_lengths is None:
+        source_lengths = model.lengths(source_tokens)
+    if max_lengths is None:
+        max_lengths = _limits(source_lengths, options)
+    if max_lengths.shape != source_tokens.shape[:1]:
+        raise ValueError(f"max_lengths must be ({len(source_tokens)},), got shape {tuple(max_lengths.shape)}")
+    config = model.config
+    with evaluating(model):
+        memory = model.encode(source_tokens, source_lengths)
+        return search(
+            _CachedStep(model, memory, source_lengths, options.rows),
+            max_lengths,
+            options,
+            forced=prefixes,
+            keys=sentence_keys(source_tokens, source_lengths) if options.num_samples else None,
+            on_tokens=on_tokens,
+            bos_idx=config.bos_idx,
+            eos_idx=config.eos_idx,
+            padding_idx=config.padding_idx,
+        )
+
+
 def greedy(
     model: Transformer,
     source_tokens: Tensor,
@@ -82,28 +127,14 @@ def greedy(
     *,
     max_lengths: Tensor | None = None,
 ) -> Hypotheses:
-    """Translate with the likeliest token at every step.
-
-    Args:
-        model: decoded in eval mode, and left in the mode it was in.
-        source_tokens: (B, S) int64, right-padded with the model's padding_idx.
-        source_lengths: (B,) int64; None counts the tokens that are not padding.
-        max_lengths: (B,) int64, most tokens generated, eos counted; None allows source_lengths + 50, as the paper.
+    """Translate with the likeliest token at every step: `generate` with beam_size 1.
 
     Returns:
-        Hypotheses with N = 1: tokens (B, 1, T), lengths, scores (log-probabilities) and finished (B, 1).
-
-    Raises:
-        TypeError, ValueError: the arguments have the wrong type or shape, or the model gives NaN.
-
-    Source: the limit of source + 50 is Vaswani et al. 2017, section 6.1.
+        Hypotheses with N = 1; scores are log-probabilities.
     """
-    with evaluating(model):
-        step, max_lengths = _encode(model, source_tokens, source_lengths, max_lengths)
-        return search_greedy(step, max_lengths, **_special(model))
+    return generate(model, source_tokens, source_lengths, SearchOptions(beam_size=1), max_lengths=max_lengths)
 
 
-@torch.no_grad()
 def beam_search(
     model: Transformer,
     source_tokens: Tensor,
@@ -114,38 +145,23 @@ def beam_search(
     length_penalty: float = 0.6,
     max_lengths: Tensor | None = None,
 ) -> Hypotheses:
-    """Translate with beam search; the defaults are the paper's.
+    """Translate with beam search; the defaults are the paper's. `generate` has more options.
 
         score(y) = log p(y | x) / ((5 + |y|) / 6) ** length_penalty            |y| counts eos
 
-    A translation does not depend on the other sentences of its batch (but for the rounding of matrix products).
-
     Args:
-        model: decoded in eval mode, and left in the mode it was in.
-        source_tokens: (B, S) int64, right-padded with the model's padding_idx.
-        source_lengths: (B,) int64; None counts the tokens that are not padding.
+        model, source_tokens, source_lengths, max_lengths: see `generate`.
         beam_size: hypotheses followed at once; 1 is greedy decoding, as in tensor2tensor.
         top_beams: how many of the best hypotheses to return, at most beam_size.
         length_penalty: the exponent alpha, not negative; higher favours longer translations.
-        max_lengths: (B,) int64, most tokens generated, eos counted; None allows source_lengths + 50, as the paper.
 
     Returns:
-        Hypotheses with N = top_beams, best first: tokens (B, N, T), lengths, scores and finished (B, N).
+        Hypotheses with N = top_beams, best first.
 
     Raises:
         TypeError, ValueError: an argument has the wrong type, shape or range, or the model gives NaN.
 
     Source: Vaswani et al. 2017, section 6.1; Wu et al. 2016, eq. 14; tensor2tensor, utils/beam_search.py.
     """
-    if beam_size == top_beams == 1:
-        return greedy(model, source_tokens, source_lengths, max_lengths=max_lengths)
-    with evaluating(model):
-        step, max_lengths = _encode(model, source_tokens, source_lengths, max_lengths, beam_size)
-        return search_beams(
-            step,
-            max_lengths,
-            beam_size=beam_size,
-            top_beams=top_beams,
-            length_penalty=length_penalty,
-            **_special(model),
-        )
+    options = SearchOptions(beam_size=beam_size, top_beams=top_beams, length_penalty=length_penalty)
+    return generate(model, source_tokens, source_lengths, options, max_lengths=max_lengths)

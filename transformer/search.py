@@ -1,4 +1,4 @@
-"""Greedy search, and beam search with tensor2tensor's semantics, as pure functions of a step function.
+"""Search for translations as a pure function of a step function: greedy, beam search, and samples.
 
 A step function gives the logits of every hypothesis' next token at once:
 
@@ -8,88 +8,114 @@ Row n is a hypothesis of sentence sentences[n]: bos and the tokens so far. It is
 one more token, which is what a step function with a cache needs (at the first call parents is 0, 1, ... N-1). Nothing
 here loops over sentences or beams, and a sentence leaves the batch as soon as its result can't change; the rows of a
 sentence are together, and sentences keep their order.
+
+    constraints.py   a step function with tokens forbidden          sampling.py    how a token is drawn
+    beams.py         beam search                                    hypotheses.py  what is returned
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
+from fused_transformer.beams import search_beams
+from fused_transformer.constraints import Step, constrain
+from fused_transformer.hypotheses import NEVER, Hypotheses, NewTokens, OnTokens, Results
 from fused_transformer.kernels import log_softmax_top_k
+from fused_transformer.sampling import draw, uniforms
+from fused_transformer.search_options import SearchOptions
+from fused_transformer.stepping import check_lengths, next_logits, refuse_nan
 
-Step = Callable[[Tensor, Tensor, Tensor], Tensor]
+__all__ = [
+    "Hypotheses",
+    "NewTokens",
+    "OnTokens",
+    "SearchOptions",
+    "Step",
+    "search",
+    "search_beams",
+    "search_greedy",
+    "search_samples",
+]
 
-_NEVER = float("-inf")
+# Of logits (N, V) and the sentences (N,) at a position: log-probabilities (N,) and tokens (N,).
+Choose = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
 
 
-class Hypotheses(NamedTuple):
-    """The N best translations of B sentences, best first.
+def search(
+    step: Step,
+    max_lengths: Tensor,
+    options: SearchOptions | None = None,
+    *,
+    forced: Tensor | None = None,
+    keys: Tensor | None = None,
+    on_tokens: OnTokens | None = None,
+    bos_idx: int = 1,
+    eos_idx: int = 2,
+    padding_idx: int = 0,
+) -> Hypotheses:
+    """What the options ask for: samples if num_samples, greedy if beam_size is 1, else beam search.
 
-    tokens: (B, N, T) int64, without bos and eos, filled with padding_idx beyond each hypothesis' length.
-    lengths: (B, N) int64. Where fewer than N hypotheses were found, the rest have length 0 and score -inf.
-    scores: (B, N) float32: beam search's penalised log-probability for finished ones, else the log-probability.
-    finished: (B, N) bool: the hypothesis ended with eos; False if it was cut at the maximum length.
+    Args:
+        step: gives the logits of the next token, see the module's docstring; options.rows rows for each sentence.
+        max_lengths: (B,) int64, most tokens of each sentence, eos and a forced prefix counted. The options' own limits
+            (max_length, max_length_beyond_source) are for the caller, who knows the sources.
+        options: None: the paper's.
+        forced: (B, P) int64, tokens that each translation begins with, padded with padding_idx.
+        keys: (B,) int64, what a sentence's samples depend on beside the seed; None: its number.
+        on_tokens: told after each step of the tokens that are certain now (of the best translation of each sentence).
+        bos_idx, eos_idx, padding_idx: the special tokens.
+
+    Returns:
+        Hypotheses with N = options.returned.
+
+    Raises:
+        ValueError: an argument has the wrong shape, a sentence's limit leaves no room for min_length or its forced
+            prefix, or the logits have the wrong shape or hold NaN.
     """
-
-    tokens: Tensor
-    lengths: Tensor
-    scores: Tensor
-    finished: Tensor
-
-    def tolist(self) -> list[list[list[int]]]:
-        """The token numbers as lists: [sentence][rank][position]."""
-        rows, lengths = self.tokens.tolist(), self.lengths.tolist()
-        return [[row[:n] for row, n in zip(beams, ns, strict=True)] for beams, ns in zip(rows, lengths, strict=True)]
-
-
-def _room(max_lengths: Tensor, beams: int, padding_idx: int) -> Hypotheses:
-    batch, longest = max_lengths.numel(), int(max_lengths.max()) if max_lengths.numel() else 0
-    return Hypotheses(
-        tokens=max_lengths.new_full((batch, beams, longest), padding_idx),
-        lengths=max_lengths.new_zeros(batch, beams),
-        scores=torch.full((batch, beams), _NEVER, device=max_lengths.device),
-        finished=torch.zeros(batch, beams, dtype=torch.bool, device=max_lengths.device),
-    )
+    options = options or SearchOptions()
+    check_lengths(max_lengths)
+    if (max_lengths <= options.min_length).any():
+        raise ValueError(
+            f"every max_length must be above min_length ({options.min_length}), as it counts eos, "
+            f"got {int(max_lengths.min())}"
+        )
+    step = constrain(step, options, forced=forced, eos_idx=eos_idx, padding_idx=padding_idx)
+    if forced is not None:
+        _check_room(forced, max_lengths, padding_idx)
+    special: dict[str, Any] = {"bos_idx": bos_idx, "eos_idx": eos_idx, "padding_idx": padding_idx}
+    special["on_tokens"] = on_tokens
+    if options.num_samples:
+        return search_samples(step, max_lengths, options, keys=keys, **special)
+    if options.beam_size == 1:
+        return search_greedy(step, max_lengths, **special)
+    return search_beams(step, max_lengths, options, **special)
 
 
-def _store(
-    found: Hypotheses, sentences: Tensor, tokens: Tensor, lengths: Tensor, scores: Tensor, finished: Tensor
-) -> None:
-    """Write the results of the sentences that leave: tokens (b, N, t), the others (b, N), eos counted in lengths."""
-    lengths = torch.where(scores > _NEVER, lengths - finished.long(), 0)
-    width = tokens.shape[2]
-    within = torch.arange(width, device=tokens.device) < lengths[..., None]
-    found.tokens[sentences, :, :width] = torch.where(within, tokens, found.tokens[sentences, :, :width])
-    found.lengths[sentences], found.scores[sentences], found.finished[sentences] = lengths, scores, finished
-
-
-def _next_logits(step: Step, prefixes: Tensor, sentences: Tensor, parents: Tensor) -> Tensor:
-    logits = step(prefixes, sentences, parents)
-    if logits.dim() != 2 or logits.shape[0] != prefixes.shape[0]:
-        raise ValueError(f"step must return logits ({prefixes.shape[0]}, V), got {tuple(logits.shape)}")
-    return logits
-
-
-def _refuse_nan(log_probs: Tensor) -> None:
-    # Called on the chosen few: where one logit is NaN, they are.
-    if log_probs.isnan().any():
-        raise ValueError("the logits hold NaN, so no next token can be chosen")
-
-
-def _check_lengths(max_lengths: Tensor) -> None:
-    if max_lengths.dim() != 1 or max_lengths.dtype != torch.int64:
-        raise ValueError(f"max_lengths must be (B,) int64, got {tuple(max_lengths.shape)} {max_lengths.dtype}")
-    if (max_lengths < 1).any():
-        raise ValueError("max_lengths must be at least 1 for every sentence")
+def _check_room(forced: Tensor, max_lengths: Tensor, padding_idx: int) -> None:
+    if len(forced) != len(max_lengths):
+        raise ValueError(f"there must be a forced prefix for each of {len(max_lengths)} sentences, got {len(forced)}")
+    lengths = (forced != padding_idx).sum(1)
+    if (lengths >= max_lengths).any():
+        row = int((lengths >= max_lengths).nonzero()[0])
+        raise ValueError(
+            f"the forced prefix of sentence {row} has {int(lengths[row])} tokens, and its translation may have "
+            f"{int(max_lengths[row])}, eos counted"
+        )
 
 
 @torch.no_grad()
 def search_greedy(
-    step: Step, max_lengths: Tensor, *, bos_idx: int = 1, eos_idx: int = 2, padding_idx: int = 0
+    step: Step,
+    max_lengths: Tensor,
+    *,
+    bos_idx: int = 1,
+    eos_idx: int = 2,
+    padding_idx: int = 0,
+    on_tokens: OnTokens | None = None,
 ) -> Hypotheses:
     """Append the likeliest token until it is eos or a sentence has max_lengths[b] tokens.
 
@@ -97,6 +123,7 @@ def search_greedy(
         step: gives the logits of the next token, see the module's docstring.
         max_lengths: (B,) int64, most tokens generated for each sentence, eos counted.
         bos_idx, eos_idx, padding_idx: the special tokens.
+        on_tokens: told of each token.
 
     Returns:
         Hypotheses with N = 1; a score is the sum of the tokens' log-probabilities, eos counted.
@@ -104,144 +131,103 @@ def search_greedy(
     Raises:
         ValueError: max_lengths or the logits have the wrong shape, or the logits hold NaN.
     """
-    _check_lengths(max_lengths)
-    found = _room(max_lengths, 1, padding_idx)
-    sentences = torch.arange(max_lengths.numel(), device=max_lengths.device)
-    prefixes = torch.full_like(sentences, bos_idx)[:, None]
-    parents, scores = sentences, torch.zeros_like(sentences, dtype=torch.float32)
-    while sentences.numel():
-        log_prob, token = (x[:, 0] for x in log_softmax_top_k(_next_logits(step, prefixes, sentences, parents), 1))
-        _refuse_nan(log_prob)
-        scores = scores + log_prob
-        prefixes = torch.cat([prefixes, token[:, None]], 1)
-        length, ended = prefixes.shape[1] - 1, token == eos_idx
-        parents = torch.arange(len(sentences), device=sentences.device)
-        leaving = ended | (max_lengths[sentences] <= length)
-        if leaving.any():
-            row = leaving.nonzero()[:, 0]
-            _store(
-                found,
-                sentences[row],
-                prefixes[row, None, 1:],
-                torch.full_like(row, length)[:, None],
-                scores[row, None].float(),
-                ended[row, None],
-            )
-            stay = (~leaving).nonzero()[:, 0]
-            sentences, parents, prefixes, scores = sentences[stay], parents[stay], prefixes[stay], scores[stay]
-    return found
 
+    def likeliest(logits: Tensor, sentences: Tensor, position: int) -> tuple[Tensor, Tensor]:
+        log_prob, token = log_softmax_top_k(logits, 1)
+        return log_prob[:, 0], token[:, 0]
 
-def _best(k: int, scores: Tensor, *others: Tensor) -> list[Tensor]:
-    """The k highest of scores (b, n), and the same entries of others (b, n, ...); the first wins a tie."""
-    order = scores.sort(dim=1, descending=True, stable=True).indices[:, :k]
-    rows = torch.arange(scores.shape[0], device=scores.device)[:, None]
-    return [x[rows, order] for x in (scores, *others)]
+    return _follow(step, max_lengths, likeliest, 1, bos_idx, eos_idx, padding_idx, on_tokens)
 
 
 @torch.no_grad()
-def search_beams(
+def search_samples(
     step: Step,
     max_lengths: Tensor,
+    options: SearchOptions,
     *,
-    beam_size: int = 4,
-    top_beams: int = 1,
-    length_penalty: float = 0.6,
+    keys: Tensor | None = None,
     bos_idx: int = 1,
     eos_idx: int = 2,
     padding_idx: int = 0,
+    on_tokens: OnTokens | None = None,
 ) -> Hypotheses:
-    """Beam search with an alive and a finished list of `beam_size` hypotheses a sentence each.
-
-        score(y) = log p(y) / ((5 + |y|) / 6) ** length_penalty            |y| counts eos
-
-    Each step extends the alive hypotheses, keeps the 2 * beam_size likeliest extensions (so that even if beam_size of
-    them end, as many live on), moves those that end with eos to the finished list if their score earns a place there,
-    and the best of the others to the alive list. A sentence is done when it has max_lengths[b] tokens, or its likeliest
-    alive hypothesis, scored as if it grew no less likely up to the maximum length, is below the best finished one
-    (top_beams = 1) or the worst of a full finished list (top_beams > 1). Where nothing finished, the alive hypotheses
-    are returned with their plain log-probabilities as scores.
+    """Draw options.num_samples translations of each sentence, token by token, independently of each other.
 
     Args:
-        step: gives the logits of the next token, see the module's docstring.
+        step: gives the logits of the next token, see the module's docstring; num_samples rows for each sentence.
         max_lengths: (B,) int64, most tokens generated for each sentence, eos counted.
-        beam_size: hypotheses followed at once.
-        top_beams: hypotheses returned, at most beam_size.
-        length_penalty: the exponent alpha, not negative; 0 ranks by log-probability, higher favours longer ones.
+        options: of them num_samples, temperature, top_k, top_p and seed; see `sampling.draw`.
+        keys: (B,) int64, what a sentence's samples depend on beside the seed; None: its number.
         bos_idx, eos_idx, padding_idx: the special tokens.
+        on_tokens: told of each token, where num_samples is 1.
 
     Returns:
-        Hypotheses with N = top_beams.
+        Hypotheses with N = num_samples, the likeliest first; a score is the sum of the tokens' log-probabilities under
+        the logits as they are, eos counted. The same sample can come more than once.
 
     Raises:
-        ValueError: an argument is out of its range, or the logits have the wrong shape or hold NaN.
-
-    Source: Wu et al. 2016, arXiv:1609.08144, eq. 14 (the penalty); tensor2tensor, utils/beam_search.py (the algorithm;
-    it stops a whole batch at once and bounds the length by the longest source, which changes no result but the time).
+        ValueError: an argument has the wrong shape or range, the logits have the wrong shape or hold NaN, or tokens of
+            more than one sample are asked for.
     """
-    _check_lengths(max_lengths)
-    if not 1 <= top_beams <= beam_size:
-        raise ValueError(f"top_beams must be between 1 and beam_size ({beam_size}), got {top_beams}")
-    if not 0 <= length_penalty < float("inf"):  # a negative exponent would make the stopping rule unsound
-        raise ValueError(f"length_penalty must be finite and not negative, got {length_penalty}")
+    if options.num_samples < 1:
+        raise ValueError(f"num_samples must be at least 1, got {options.num_samples}")
+    if on_tokens is not None and options.num_samples > 1:
+        raise ValueError(f"on_tokens follows one translation of a sentence, not {options.num_samples} samples")
+    if keys is None:
+        keys = torch.arange(max_lengths.numel(), device=max_lengths.device)
+    if keys.shape != max_lengths.shape or keys.dtype != torch.int64:
+        raise ValueError(f"keys must be ({max_lengths.numel()},) int64, got {tuple(keys.shape)} {keys.dtype}")
+    samples = options.num_samples
 
-    def penalty(length):
-        return ((5.0 + length) / 6.0) ** length_penalty
+    def drawn(logits: Tensor, sentences: Tensor, position: int) -> tuple[Tensor, Tensor]:
+        uniform = uniforms(options.seed, keys[sentences[::samples]], samples, position)
+        return draw(logits, uniform.flatten(), options)
 
-    found = _room(max_lengths, top_beams, padding_idx)
+    return _follow(step, max_lengths, drawn, samples, bos_idx, eos_idx, padding_idx, on_tokens)
+
+
+def _follow(
+    step: Step,
+    max_lengths: Tensor,
+    choose: Choose,
+    samples: int,
+    bos_idx: int,
+    eos_idx: int,
+    padding_idx: int,
+    on_tokens: OnTokens | None,
+) -> Hypotheses:
+    """`samples` hypotheses of each sentence, each extended by one token a step until all have ended."""
+    check_lengths(max_lengths)
+    results = Results(max_lengths, samples, padding_idx, on_tokens)
     sentences = torch.arange(max_lengths.numel(), device=max_lengths.device)
-    alive = torch.full_like(sentences, bos_idx)[:, None, None].repeat(1, beam_size, 1)
-    alive_log_probs = torch.full(alive.shape[:2], _NEVER, device=alive.device)
-    alive_log_probs[:, 0] = 0.0  # one hypothesis so far: equal ones would fill the list with copies
-    finished = torch.full_like(alive, padding_idx)
-    finished_scores = torch.full_like(alive_log_probs, _NEVER)
-    finished_lengths = torch.zeros_like(alive[..., 0])
-
-    parents = torch.arange(alive[..., 0].numel(), device=alive.device).view(alive.shape[:2])
-
-    length = 0
+    prefixes = torch.full((len(sentences), samples, 1), bos_idx, device=sentences.device)
+    log_probs = torch.zeros(len(sentences), samples, 0, device=sentences.device)
+    scores, lengths = log_probs.new_zeros(len(sentences), samples), torch.zeros_like(prefixes[..., 0])
+    finished = torch.zeros_like(lengths, dtype=torch.bool)
+    ended = finished  # with eos, or where there is no way on
+    parents = torch.arange(lengths.numel(), device=lengths.device).view(lengths.shape)
     while sentences.numel():
-        length += 1
-        rows = sentences.repeat_interleave(beam_size)
-        logits = _next_logits(step, alive.flatten(0, 1), rows, parents.flatten())
-        vocabulary = logits.shape[1]
-        if vocabulary < 2:
-            raise ValueError(f"beam search needs at least 2 tokens to choose from, got {vocabulary}")
-        likeliest, place = log_softmax_top_k(logits, 2 * beam_size, beams=beam_size, addend=alive_log_probs.flatten())
-        _refuse_nan(likeliest)
-        token, beam = place % vocabulary, place // vocabulary
-        grown = torch.cat([alive.gather(1, beam[..., None].expand(-1, -1, length)), token[..., None]], 2)
+        position = prefixes.shape[2] - 1
+        rows = sentences.repeat_interleave(samples)
+        logits = next_logits(step, prefixes.flatten(0, 1), rows, parents.flatten())
+        log_prob, token = (x.view(-1, samples) for x in choose(logits, rows, position))
+        # What has ended rides along until the sentence's other samples have.
+        log_prob, token = log_prob.masked_fill(ended, 0.0), token.masked_fill(ended, padding_idx)
+        refuse_nan(log_prob)
+        scores, lengths = scores + log_prob, lengths + ~ended
+        prefixes = torch.cat([prefixes, token[..., None]], 2)
+        log_probs = torch.cat([log_probs, log_prob[..., None]], 2)
+        finished = finished | (token == eos_idx)
+        ended = finished | (scores == NEVER)
 
-        ended = token == eos_idx
-        first_row = torch.arange(0, rows.numel(), beam_size, device=rows.device)[:, None]
-        alive_log_probs, alive, parents = _best(
-            beam_size, likeliest.masked_fill(ended, _NEVER), grown, first_row + beam
-        )
-        finished = F.pad(finished, (0, 1), value=padding_idx)
-        finished_scores, finished, finished_lengths = _best(
-            beam_size,
-            torch.cat([finished_scores, (likeliest / penalty(length)).masked_fill(~ended, _NEVER)], 1),
-            torch.cat([finished, grown], 1),
-            torch.cat([finished_lengths, torch.full_like(token, length)], 1),
-        )
-
-        limits = max_lengths[sentences]
-        hope = alive_log_probs[:, 0] / penalty(limits)
-        beaten = finished_scores[:, 0 if top_beams == 1 else -1] > hope
-        leaving = beaten | (limits <= length) | (hope == _NEVER)
+        leaving = ended.all(1) | (max_lengths[sentences] <= position + 1)
+        parents = torch.arange(len(rows), device=rows.device).view(-1, samples)
         if leaving.any():
             row, stay = leaving.nonzero()[:, 0], (~leaving).nonzero()[:, 0]
-            any_finished = (finished_scores[row, :1] > _NEVER).expand(-1, top_beams)
-            scores = torch.where(any_finished, finished_scores[row, :top_beams], alive_log_probs[row, :top_beams])
-            _store(
-                found,
-                sentences[row],
-                torch.where(any_finished[..., None], finished[row, :top_beams], alive[row, :top_beams])[..., 1:],
-                finished_lengths[row, :top_beams].masked_fill(~any_finished, length),
-                scores.float(),
-                any_finished & (scores > _NEVER),
-            )
-            sentences, parents = sentences[stay], parents[stay]
-            alive, alive_log_probs = alive[stay], alive_log_probs[stay]
-            finished, finished_scores, finished_lengths = finished[stay], finished_scores[stay], finished_lengths[stay]
-    return found
+            order = scores[row].sort(dim=1, descending=True, stable=True).indices
+            at = row[:, None], order
+            results.store(sentences[row], prefixes[at][..., 1:], log_probs[at], lengths[at], scores[at], finished[at])
+            sentences, parents, prefixes, log_probs = sentences[stay], parents[stay], prefixes[stay], log_probs[stay]
+            scores, lengths, ended, finished = scores[stay], lengths[stay], ended[stay], finished[stay]
+        results.tell(sentences, prefixes[:, 0, 1:], lengths[:, 0])
+    return results.found

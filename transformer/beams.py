@@ -1,0 +1,174 @@
+"""Beam search with tensor2tensor's semantics, and by option with other penalties and stopping rules."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fused_transformer.constraints import Step
+from fused_transformer.hypotheses import NEVER, Hypotheses, OnTokens, Results
+from fused_transformer.kernels import log_softmax_top_k
+from fused_transformer.search_options import SearchOptions
+from fused_transformer.stepping import check_lengths, next_logits, refuse_nan
+
+
+class _Beams(NamedTuple):
+    """n hypotheses of each of b sentences, bos and t tokens each; a score of -inf: there is none."""
+
+    scores: Tensor  # (b, n)
+    tokens: Tensor  # (b, n, 1 + t)
+    log_probs: Tensor  # (b, n, t), of the tokens
+    lengths: Tensor  # (b, n), eos counted
+
+    def of(self, sentences: Tensor) -> _Beams:
+        return _Beams(*(x[sentences] for x in self))
+
+    def take(self, beams: Tensor) -> _Beams:
+        """Of each sentence the hypotheses beams (b, m)."""
+        rows = torch.arange(beams.shape[0], device=beams.device)[:, None]
+        return _Beams(*(x[rows, beams] for x in self))
+
+    def grow(self, log_probs: Tensor, tokens: Tensor, scores: Tensor) -> _Beams:
+        """With one more token each; all (b, n)."""
+        return _Beams(
+            scores,
+            torch.cat([self.tokens, tokens[..., None]], 2),
+            torch.cat([self.log_probs, log_probs[..., None].to(self.log_probs.dtype)], 2),
+            self.lengths + 1,
+        )
+
+    def pad(self, padding_idx: int) -> _Beams:
+        """With room for one more token."""
+        return self._replace(
+            tokens=F.pad(self.tokens, (0, 1), value=padding_idx), log_probs=F.pad(self.log_probs, (0, 1))
+        )
+
+    def beside(self, others: _Beams) -> _Beams:
+        return _Beams(*(torch.cat(pair, 1) for pair in zip(self, others, strict=True)))
+
+    def best(self, n: int) -> tuple[_Beams, Tensor]:
+        """The n with the highest scores, best first, the first wins a tie; and which they are, (b, n)."""
+        order = self.scores.sort(dim=1, descending=True, stable=True).indices[:, :n]
+        return self.take(order), order
+
+
+def _start(sentences: Tensor, beams: int, token: int) -> _Beams:
+    tokens = torch.full((len(sentences), beams, 1), token, device=sentences.device)
+    scores = torch.full(tokens.shape[:2], NEVER, device=sentences.device)
+    return _Beams(scores, tokens, scores.new_zeros(*scores.shape, 0), torch.zeros_like(tokens[..., 0]))
+
+
+@torch.no_grad()
+def search_beams(
+    step: Step,
+    max_lengths: Tensor,
+    options: SearchOptions | None = None,
+    *,
+    bos_idx: int = 1,
+    eos_idx: int = 2,
+    padding_idx: int = 0,
+    on_tokens: OnTokens | None = None,
+    **changes: Any,
+) -> Hypotheses:
+    """Beam search with an alive and a finished list of `beam_size` hypotheses a sentence each.
+
+        score(y) = log p(y) / ((5 + |y|) / 6) ** length_penalty            |y| counts eos
+
+    Each step extends the alive hypotheses, keeps the 2 * beam_size likeliest extensions (so that even if beam_size of
+    them end, as many live on), moves those that end with eos to the finished list if their score earns a place there,
+    and the best of the others to the alive list. A sentence is done when it has max_lengths[b] tokens, or its likeliest
+    alive hypothesis, scored as if it grew no less likely up to the maximum length, is below the best finished one
+    (stop_early, as for top_beams = 1) or the worst of a full finished list. Where nothing finished, the alive
+    hypotheses are returned with their plain log-probabilities as scores.
+
+    With `patience` an extension that ends counts if fewer than beam_size likelier ones live on, and a sentence is done
+    with its first round(beam_size * patience) finished hypotheses, which are all kept.
+
+    Args:
+        step: gives the logits of the next token, see `search.py`.
+        max_lengths: (B,) int64, most tokens generated for each sentence, eos counted.
+        options: of them beam_size, top_beams, length_penalty, penalty, stop_early and patience; None: the defaults.
+        bos_idx, eos_idx, padding_idx: the special tokens.
+        on_tokens: told of the tokens that all hypotheses of a sentence have in common, as these grow.
+        changes: options by name: search_beams(step, max_lengths, beam_size=8).
+
+    Returns:
+        Hypotheses with N = top_beams.
+
+    Raises:
+        ValueError: an argument is out of its range, or the logits have the wrong shape or hold NaN.
+
+    Source: Wu et al. 2016, arXiv:1609.08144, eq. 14 (the penalty); tensor2tensor, utils/beam_search.py (the algorithm;
+    it stops a whole batch at once and bounds the length by the longest source, which changes no result but the time);
+    Kasai et al. 2022, arXiv:2204.05424, algorithm 1 (patience).
+    """
+    check_lengths(max_lengths)
+    options = replace(options or SearchOptions(), **changes)
+    beam_size, top_beams, capacity = options.beam_size, options.top_beams, options.finished_capacity
+    stop_early = top_beams == 1 and options.patience is None if options.stop_early is None else options.stop_early
+    decisive = 0 if stop_early else -1
+    results = Results(max_lengths, top_beams, padding_idx, on_tokens)
+    sentences = torch.arange(max_lengths.numel(), device=max_lengths.device)
+    alive, finished = _start(sentences, beam_size, bos_idx), _start(sentences, capacity, padding_idx)
+    alive.scores[:, 0] = 0.0  # one hypothesis so far: equal ones would fill the list with copies
+    parents = torch.arange(alive.scores.numel(), device=sentences.device).view(alive.scores.shape)
+    length = 0
+    while sentences.numel():
+        length += 1
+        rows = sentences.repeat_interleave(beam_size)
+        logits = next_logits(step, alive.tokens.flatten(0, 1), rows, parents.flatten())
+        vocabulary = logits.shape[1]
+        if vocabulary < 2:
+            raise ValueError(f"beam search needs at least 2 tokens to choose from, got {vocabulary}")
+        likeliest, place = log_softmax_top_k(logits, 2 * beam_size, beams=beam_size, addend=alive.scores.flatten())
+        refuse_nan(likeliest)
+        token, beam = place % vocabulary, place // vocabulary
+        parent = alive.take(beam)
+        grown = parent.grow(torch.where(likeliest > NEVER, likeliest - parent.scores, NEVER), token, likeliest)
+
+        ended = token == eos_idx
+        arriving = ended & (likeliest > NEVER)
+        if options.patience is not None:
+            room = capacity - (finished.scores > NEVER).sum(1, keepdim=True)
+            arriving &= (~ended).cumsum(1) < beam_size
+            arriving &= arriving.cumsum(1) <= room
+        alive, chosen = grown._replace(scores=likeliest.masked_fill(ended, NEVER)).best(beam_size)
+        first_row = torch.arange(0, rows.numel(), beam_size, device=rows.device)[:, None]
+        parents = first_row + beam.gather(1, chosen)
+        scores = (likeliest / options.penalise(length)).masked_fill(~arriving, NEVER)
+        finished = finished.pad(padding_idx).beside(grown._replace(scores=scores)).best(capacity)[0]
+
+        limits = max_lengths[sentences]
+        hope = alive.scores[:, 0] / options.penalise(limits)
+        bound = hope if options.patience is None else NEVER  # with patience it takes a full list, no more
+        done = finished.scores[:, decisive] > bound
+        leaving = done | (limits <= length) | (hope == NEVER)
+        if leaving.any():
+            row, stay = leaving.nonzero()[:, 0], (~leaving).nonzero()[:, 0]
+            _store(results, sentences[row], finished.of(row), alive.of(row), top_beams)
+            sentences, parents, alive, finished = sentences[stay], parents[stay], alive.of(stay), finished.of(stay)
+        if results.streaming:
+            results.tell(sentences, alive.tokens[:, 0, 1:], _common(alive, finished))
+    return results.found
+
+
+def _store(results: Results, sentences: Tensor, finished: _Beams, alive: _Beams, top_beams: int) -> None:
+    """The best finished hypotheses; of sentences that have none, the best alive ones."""
+    any_finished = finished.scores[:, :1] > NEVER
+    scores, tokens, log_probs, lengths = (
+        torch.where(any_finished.view(-1, *[1] * (done.dim() - 1)), done[:, :top_beams], going[:, :top_beams])
+        for done, going in zip(finished, alive, strict=True)
+    )
+    results.store(sentences, tokens[..., 1:], log_probs, lengths, scores, any_finished.expand_as(scores))
+
+
+def _common(alive: _Beams, finished: _Beams) -> Tensor:
+    """(b,): with how many tokens all of a sentence's hypotheses begin: what comes of them begins so too."""
+    tokens = torch.cat([alive.tokens, finished.tokens], 1)[..., 1:]
+    real = torch.cat([alive.scores, finished.scores], 1) > NEVER
+    same = (tokens == alive.tokens[:, :1, 1:]) | ~real[..., None]
+    return same.all(1).long().cumprod(1).sum(1)
