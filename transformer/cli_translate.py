@@ -5,21 +5,22 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import signal
 import sys
 from collections.abc import Iterator, Sequence
-from itertools import islice
-from typing import TextIO
+from typing import BinaryIO
 
 import torch
 from tqdm import tqdm
 
+from fused_transformer.cli_translate_options import FORMATS, parser, search_options
 from fused_transformer.text import decode_lines
-from fused_transformer.translation import Translation, Translator
+from fused_transformer.translation import Translator
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Translate; 0 if done, 1 with a message on standard error if something is wrong."""
-    options = _parser().parse_args(arguments)
+    options = parser().parse_args(arguments)
     try:
         _translate(options)
     except BrokenPipeError:  # the reader has what it wanted, as `| head` does
@@ -34,75 +35,74 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m fused_transformer translate",
-        description="Translate UTF-8 text, a sentence a line. Empty lines stay empty.",
-        epilog="With --top-beams N a line has up to N output lines: its number from 0 ||| translation ||| score.",
-    )
-    parser.add_argument("--model", required=True, metavar="PATH", help="a checkpoint, or the folder that train wrote")
-    parser.add_argument("--input", metavar="FILE", help="default: standard input")
-    parser.add_argument("--output", metavar="FILE", help="default: standard output")
-    parser.add_argument("--beam-size", type=int, default=4, help="hypotheses; 1 is greedy (default: %(default)s)")
-    parser.add_argument("--top-beams", type=int, help="print the best so many translations of a line, with scores")
-    parser.add_argument(
-        "--length-penalty", type=float, default=0.6, help="higher prefers longer ones (default: %(default)s)"
-    )
-    parser.add_argument("--max-tokens", type=int, default=2048, help="source tokens of a batch (default: %(default)s)")
-    parser.add_argument("--chunk", type=int, default=1000, metavar="LINES", help="lines read, sorted by length, "
-                        "translated and written at a time (default: %(default)s)")  # fmt: skip
-    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
-    return parser
-
-
 def _translate(options: argparse.Namespace) -> None:
     for name in ("chunk", "threads", "max_tokens"):
         if getattr(options, name) is not None and getattr(options, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be positive, got {getattr(options, name)}")
-    top_beams = options.top_beams or 1
-    if not 1 <= top_beams <= options.beam_size:
-        raise ValueError(f"--top-beams must be between 1 and --beam-size ({options.beam_size}), got {top_beams}")
+    search = search_options(options)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    translator = Translator.load(options.model, options.device)
+    translator = Translator.load(options.model, options.device, weights=options.weights)
+    typed = options.input is None and sys.stdin.isatty()
     with contextlib.ExitStack() as stack:
-        lines = _lines(options.input, stack)
-        output = stack.enter_context(open(options.output, "w", encoding="utf-8")) if options.output else None
-        # A bar only where it can't mix with the translations or with what is being typed.
-        quiet = None if options.output or not sys.stdout.isatty() else True
-        bar = stack.enter_context(tqdm(unit="line", disable=quiet))
-        first = 0
-        while chunk := list(islice(lines, options.chunk)):
-            translations = translator.translate(
-                chunk,
-                beam_size=options.beam_size,
-                top_beams=top_beams,
-                length_penalty=options.length_penalty,
-                max_tokens=options.max_tokens,
-            )
-            _write(translations, first, numbered=options.top_beams is not None, output=output)
-            first += len(chunk)
-            bar.update(len(chunk))
+        lines = _lines(options.input, options.errors, stack)
+        prefixes = None if options.prefixes is None else _lines(options.prefixes, options.errors, stack)
+        output = stack.enter_context(open(options.output, "wb")) if options.output else sys.stdout.buffer
+        # A bar only where it can't mix with the translations or with what is being typed; None: on a terminal.
+        quiet = typed or options.interactive or (not options.output and sys.stdout.isatty())
+        bar = stack.enter_context(tqdm(unit="line", disable=quiet or None))
+        writer = stack.enter_context(_WholeLines(output))
+        results = translator.translate_stream(
+            lines,
+            search,
+            prefixes=prefixes,
+            buffer=1 if typed or options.interactive else options.chunk,
+            max_tokens=options.max_tokens,
+        )
+        write = FORMATS[options.format or ("text" if options.top_beams is None and not search.num_samples else "nbest")]
+        for number, translations in enumerate(results):
+            writer.write("".join(line + "\n" for line in write(number, translations)))
+            bar.update()
 
 
-def _lines(path: str | None, stack: contextlib.ExitStack) -> Iterator[str]:
+def _lines(path: str | None, errors: str, stack: contextlib.ExitStack) -> Iterator[str]:
     if path is None:
-        return decode_lines(sys.stdin.buffer, "standard input")
-    return decode_lines(stack.enter_context(open(path, "rb")), path)
+        return decode_lines(sys.stdin.buffer, "standard input", errors=errors)
+    return decode_lines(stack.enter_context(open(path, "rb")), path, errors=errors)
 
 
-def _write(translations: list[list[Translation]], first: int, *, numbered: bool, output: TextIO | None) -> None:
-    # Bytes to standard output: the translation is UTF-8 whatever the terminal's locale says.
-    lines = [
-        f"{number} ||| {text} ||| {score:.4f}" if numbered else text
-        for number, beams in enumerate(translations, first)
-        for text, score in beams
-    ]
-    block = "".join(line + "\n" for line in lines)
-    if output is not None:
-        output.write(block)
-        output.flush()
-    else:
-        sys.stdout.buffer.write(block.encode())
-        sys.stdout.buffer.flush()
+class _WholeLines:
+    """Writes blocks of lines to a file so that Ctrl-C can't cut one in two.
+
+    What is written is UTF-8 whatever the terminal's locale says. Ctrl-C while writing takes effect behind the block; a
+    second one, where the reader has stopped reading, at once.
+    """
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file, self._writing, self._interrupted = file, False, False
+        self._before: object = None
+
+    def __enter__(self) -> _WholeLines:
+        with contextlib.suppress(ValueError):  # not the main thread, where no signal arrives
+            if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+                self._before = signal.signal(signal.SIGINT, self._interrupt)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._before is not None:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def write(self, block: str) -> None:
+        self._writing = True
+        try:
+            self._file.write(block.encode())
+            self._file.flush()
+        finally:
+            self._writing = False
+        if self._interrupted:
+            raise KeyboardInterrupt
+
+    def _interrupt(self, *_: object) -> None:
+        if not self._writing or self._interrupted:
+            raise KeyboardInterrupt
+        self._interrupted = True

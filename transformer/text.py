@@ -6,17 +6,18 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 
-def decode_lines(lines: Iterable[bytes], name: str) -> Iterator[str]:
+def decode_lines(lines: Iterable[bytes], name: str, *, errors: str = "strict") -> Iterator[str]:
     """Each line as text without its end (\\n or \\r\\n); a byte order mark is dropped.
 
-    Only \\n ends a line: characters such as U+2028 stay inside, so that parallel files stay parallel.
+    Only \\n ends a line: characters such as U+2028 stay inside, so that parallel files stay parallel. With errors
+    "replace", bytes that are not UTF-8 become U+FFFD.
 
     Raises:
         ValueError: a line is not UTF-8; the message names `name` and the line's number, from 1.
     """
     for number, line in enumerate(lines, 1):
         try:
-            text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+            text = line.decode("utf-8-sig" if number == 1 else "utf-8", errors)
         except UnicodeDecodeError as error:
             raise ValueError(
                 f"{name}: line {number} is not valid UTF-8 ({error.reason} at byte {error.start})"

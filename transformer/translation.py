@@ -2,24 +2,51 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
+from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from fused_transformer.batches import Ragged, cut_by_tokens
 from fused_transformer.checkpoint import find_checkpoint, load_checkpoint
-from fused_transformer.decoding import beam_search
+from fused_transformer.decoding import generate
+from fused_transformer.hypotheses import NEVER, NewTokens
 from fused_transformer.model import Transformer
+from fused_transformer.search_options import SearchOptions
+from fused_transformer.text_stream import NewText, TextStream
 from fused_transformer.tokenizer import Tokenizer
+
+Pair = tuple[str, "str | None"]  # a line, and what its translation begins with
+WEIGHTS = ("float32", "bfloat16", "int8")
 
 
 class Translation(NamedTuple):
-    """One translation of a line, and the score that ranked it (higher is better)."""
+    """One translation of a line, and the score that ranked it (higher is better).
+
+    tokens: their numbers, without eos.
+    log_probs: of each token, and behind the last one of eos where the translation ended with it.
+    """
 
     text: str
     score: float
+    tokens: tuple[int, ...] = ()
+    log_probs: tuple[float, ...] = ()
+
+
+def with_weights(model: Transformer, weights: str) -> Transformer:
+    """What decodes for `model` with its weights kept as `weights`: "float32" is the model itself.
+
+    Raises:
+        ValueError: there is no such way to keep them, or nothing here that decodes with it.
+    """
+    if weights not in WEIGHTS:
+        raise ValueError(f"weights must be one of {', '.join(map(repr, WEIGHTS))}, got {weights!r}")
+    if weights != "float32":
+        raise ValueError(f"weights {weights!r} need an inference engine, which this version does not have yet")
+    return model
 
 
 class Translator:
@@ -34,64 +61,166 @@ class Translator:
         self.model, self.tokenizer = model, tokenizer
 
     @classmethod
-    def load(cls, path: str | Path, device: torch.device | str = "cpu") -> Translator:
+    def load(cls, path: str | Path, device: torch.device | str = "cpu", *, weights: str = "float32") -> Translator:
         """From a checkpoint file, or from the folder that `train` wrote (its best checkpoint).
 
         Raises:
-            FileNotFoundError, ValueError: there is no whole checkpoint.
+            FileNotFoundError, ValueError: there is no whole checkpoint, or `with_weights` refuses `weights`.
         """
         model, tokenizer, _, _ = load_checkpoint(find_checkpoint(path))
-        return cls(model.to(device).eval(), tokenizer)
+        return cls(with_weights(model.to(device).eval(), weights), tokenizer)
 
     def translate(
         self,
         lines: Sequence[str],
+        options: SearchOptions | None = None,
         *,
-        beam_size: int = 4,
-        top_beams: int = 1,
-        length_penalty: float = 0.6,
+        prefixes: Sequence[str] | None = None,
         max_tokens: int = 2048,
         on_batch: Callable[[int], object] = lambda sentences: None,
+        on_text: Callable[[NewText], object] | None = None,
+        **changes: Any,
     ) -> list[list[Translation]]:
-        """The best top_beams translations of each line, best first, in the order of the lines.
+        """The best translations of each line, best first, in the order of the lines.
 
         Sentences of similar length are translated together. A line without a word is its own translation.
 
         Args:
             lines: the text, a sentence each.
-            beam_size, top_beams, length_penalty: see `beam_search`; beam_size 1 is greedy.
+            options: None: beam search with the paper's options.
+            prefixes: for each line the text that its translation begins with, "" for none.
             max_tokens: most source tokens of a batch, padding included and beams not counted; raised to the
                 longest sentence.
             on_batch: called after each batch with its number of sentences.
+            on_text: called for every token of the best translations as soon as it is certain, and once more when a
+                line is done; lines of a batch come interleaved.
+            changes: options by name: translate(lines, beam_size=1) is greedy.
 
         Returns:
-            For each line its translations: fewer than top_beams where the search found no more.
+            For each line its translations: fewer than asked for where the search found no more, and one without text
+            and with the score -inf where the options forbid every translation.
 
         Raises:
-            ValueError: an option is out of its range.
+            ValueError: an option is out of its range, or prefixes and lines differ in number.
         """
+        options = replace(options or SearchOptions(), **changes)
+        if prefixes is not None and len(prefixes) != len(lines):
+            raise ValueError(f"there must be a prefix for each of {len(lines)} lines, got {len(prefixes)}")
         results: list[list[Translation]] = [[Translation("", 0.0)] for _ in lines]
         written = [i for i, line in enumerate(lines) if line.strip()]
-        eos = self.model.config.eos_idx
-        source = Ragged([[*tokens, eos] for tokens in self.tokenizer.encode([lines[i] for i in written])])
+        if on_text is not None:
+            for line in sorted({*range(len(lines))} - {*written}):
+                on_text(NewText(line, "", None))
+        config = self.model.config
+        source = Ragged([[*t, config.eos_idx] for t in self.tokenizer.encode([lines[i] for i in written])])
+        forced = None if prefixes is None else Ragged(self.tokenizer.encode([prefixes[i] for i in written]))
         limit = max(max_tokens, int(source.lengths.max()) if written else 0)
         order = source.lengths.argsort(descending=True, stable=True)  # what needs the most memory comes first
         device = next(self.model.parameters()).device
         for rows in cut_by_tokens(order, source.lengths[:, None], limit):
-            found = beam_search(
+            numbers = [written[row] for row in rows.tolist()]
+            found = generate(
                 self.model,
-                source.padded(rows, self.model.config.padding_idx).to(device),
+                source.padded(rows, config.padding_idx).to(device),
                 source.lengths[rows].to(device),
-                beam_size=beam_size,
-                top_beams=top_beams,
-                length_penalty=length_penalty,
+                options,
+                prefixes=None if forced is None else forced.padded(rows, config.padding_idx).to(device),
+                on_tokens=None if on_text is None else _TextStreams(self._text, numbers, on_text),
             )
-            for row, beams, scores in zip(rows.tolist(), found.tolist(), found.scores.tolist(), strict=True):
-                texts = map(_one_line, self.tokenizer.decode(beams))
-                ranked = map(Translation, texts, scores)
-                results[written[row]] = [one for one in ranked if one.score > float("-inf")]
+            steps = (found.lengths + found.finished).tolist()
+            for number, *beams in zip(
+                numbers, found.tolist(), found.scores.tolist(), steps, found.log_probs.tolist(), strict=True
+            ):
+                ranked = [
+                    Translation(self._text(tokens), score, tuple(tokens), tuple(log_probs[:count]))
+                    for tokens, score, count, log_probs in zip(*beams, strict=True)
+                ]
+                results[number] = [one for one in ranked if one.score > NEVER] or ranked[:1]
             on_batch(len(rows))
         return results
+
+    def translate_stream(
+        self,
+        lines: Iterable[str],
+        options: SearchOptions | None = None,
+        *,
+        prefixes: Iterable[str] | None = None,
+        buffer: int = 1000,
+        max_tokens: int = 2048,
+        **changes: Any,
+    ) -> Iterator[list[Translation]]:
+        """The translations of each line in turn, of any number of lines: `buffer` of them are in memory at a time.
+
+        Args:
+            lines: read as they are needed. What it raises is raised here, behind the translations of what came before.
+            options, prefixes, max_tokens, changes: as for `translate`.
+            buffer: lines read, sorted by length and translated together.
+
+        Raises:
+            ValueError: buffer is below 1; while iterating, as `translate`.
+        """
+        if buffer < 1:
+            raise ValueError(f"buffer must be at least 1, got {buffer}")
+        options = replace(options or SearchOptions(), **changes)
+        if prefixes is None:
+            pairs: Iterator[Pair] = ((line, None) for line in lines)
+        else:
+            pairs = _pairs(lines, prefixes)
+        return self._stream(pairs, options, prefixes is not None, buffer, max_tokens)
+
+    def _stream(
+        self,
+        pairs: Iterator[Pair],
+        options: SearchOptions,
+        forced: bool,
+        buffer: int,
+        max_tokens: int,
+    ) -> Iterator[list[Translation]]:
+        failure = None
+        while failure is None:
+            chunk: list[str] = []
+            prefixes: list[str] = []
+            try:
+                for line, prefix in islice(pairs, buffer):
+                    chunk.append(line)
+                    prefixes.append(prefix or "")
+            except Exception as error:
+                failure = error
+            yield from self.translate(chunk, options, prefixes=prefixes if forced else None, max_tokens=max_tokens)
+            if failure is None and len(chunk) < buffer:
+                return
+        raise failure
+
+    def _text(self, tokens: list[int]) -> str:
+        (text,) = self.tokenizer.decode([tokens])
+        return _one_line(text)
+
+
+class _TextStreams:
+    """Turns a search's new tokens into new text of the lines they are of."""
+
+    def __init__(self, decode: Callable[[list[int]], str], lines: list[int], on_text: Callable[[NewText], object]):
+        self.lines, self.on_text = lines, on_text
+        self.streams = [TextStream(decode) for _ in lines]
+
+    def __call__(self, new: NewTokens) -> None:
+        for sentence, token in zip(new.sentences.tolist(), new.tokens.tolist(), strict=True):
+            self.on_text(NewText(self.lines[sentence], self.streams[sentence].push(token), token))
+        for sentence in new.done.tolist():
+            self.on_text(NewText(self.lines[sentence], self.streams[sentence].finish(), None))
+
+
+def _pairs(lines: Iterable[str], prefixes: Iterable[str]) -> Iterator[Pair]:
+    """Line by line; like zip(strict=True), with a sentence of its own."""
+    others = iter(prefixes)
+    count = 0
+    for count, line in enumerate(lines, 1):
+        prefix = next(others, None)
+        if prefix is None:
+            raise ValueError(f"there must be a prefix for each line, but there are only {count - 1}")
+        yield line, prefix
+    if next(others, None) is not None:
+        raise ValueError(f"there must be a line for each prefix, but there are only {count}")
 
 
 def _one_line(text: str) -> str:

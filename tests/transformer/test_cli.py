@@ -123,8 +123,10 @@ def test_refused_translations(trained, monkeypatch, capsysbinary, tmp_path):
 
     assert "there is no checkpoint at" in refused("--model", str(tmp_path / "nowhere"))
     assert "No such file" in refused("--model", model, "--input", str(tmp_path / "nowhere"))
-    assert "standard input: line 2 is not valid UTF-8" in refused("--model", model, text=b"un\n\xff\xfe\n")
-    assert "--top-beams must be between 1 and --beam-size (4), got 5" in refused("--model", model, "--top-beams", "5")
+    assert "standard input: line 1 is not valid UTF-8" in refused("--model", model, text=b"\xff\xfe\n")
+    assert "top_beams must be between 1 and beam_size (4), got 5" in refused("--model", model, "--top-beams", "5")
+    assert "weights 'int8' need an inference engine" in refused("--model", model, "--int8")
+    assert "weights 'bfloat16' need an inference engine" in refused("--model", model, "--weights", "bfloat16")
     assert "--chunk must be positive" in refused("--model", model, "--chunk", "0")
     assert "length_penalty must be finite" in refused("--model", model, "--length-penalty", "-1")
     damaged = tmp_path / "damaged.safetensors"

@@ -17,7 +17,7 @@ from fused_transformer.evaluation import Validation, bleu
 from fused_transformer.tokenizer import Tokenizer
 from fused_transformer.training import Trainer, TrainingOptions, mean_loss
 from fused_transformer.training_run import TrainingRun, averaged_weights
-from fused_transformer.translation import Translator
+from fused_transformer.translation import Translation, Translator
 from tests.transformer.texts import parallel_lines
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -302,7 +302,7 @@ def test_translations_come_in_the_order_of_the_lines(corpus, tokenizer):
         ((alone),) = translator.translate([line], **limit)
         assert [t.text for t in beams] == [t.text for t in alone]
         assert [t.score for t in beams] == pytest.approx([t.score for t in alone], rel=1e-4)
-    assert together[1] == together[3] == [("", 0.0)]
+    assert together[1] == together[3] == [Translation("", 0.0)]
     assert all("\n" not in t.text for beams in together for t in beams)
     assert translator.translate([]) == []
 
