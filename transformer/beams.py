@@ -41,19 +41,25 @@ class _Beams(NamedTuple):
             self.lengths + 1,
         )
 
-    def pad(self, padding_idx: int) -> _Beams:
-        """With room for one more token."""
+    def width(self, tokens: int, padding_idx: int = 0) -> _Beams:
+        """With room for so many tokens behind bos, cut or padded to it."""
+        more = tokens - self.log_probs.shape[2]
         return self._replace(
-            tokens=F.pad(self.tokens, (0, 1), value=padding_idx), log_probs=F.pad(self.log_probs, (0, 1))
+            tokens=F.pad(self.tokens, (0, more), value=padding_idx), log_probs=F.pad(self.log_probs, (0, more))
         )
 
     def beside(self, others: _Beams) -> _Beams:
         return _Beams(*(torch.cat(pair, 1) for pair in zip(self, others, strict=True)))
 
-    def best(self, n: int) -> tuple[_Beams, Tensor]:
-        """The n with the highest scores, best first, the first wins a tie; and which they are, (b, n)."""
-        order = self.scores.sort(dim=1, descending=True, stable=True).indices[:, :n]
-        return self.take(order), order
+    def best(self, n: int) -> _Beams:
+        """The n with the highest scores, best first; the first wins a tie."""
+        return self.take(_highest(self.scores, n)[1])
+
+
+def _highest(scores: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    """The n highest of each row, descending, and where they are; the first wins a tie (topk takes any)."""
+    scores, order = scores.sort(dim=1, descending=True, stable=True)
+    return scores[:, :n], order[:, :n]
 
 
 def _start(sentences: Tensor, beams: int, token: int) -> _Beams:
@@ -113,7 +119,10 @@ def search_beams(
     decisive = 0 if stop_early else -1
     results = Results(max_lengths, top_beams, padding_idx, on_tokens)
     sentences = torch.arange(max_lengths.numel(), device=max_lengths.device)
-    alive, finished = _start(sentences, beam_size, bos_idx), _start(sentences, capacity, padding_idx)
+    # The finished ones have all their room at once, as most steps add none to them.
+    longest = int(max_lengths.max()) if len(sentences) else 0
+    finished = _start(sentences, capacity, padding_idx).width(longest, padding_idx)
+    alive = _start(sentences, beam_size, bos_idx)
     alive.scores[:, 0] = 0.0  # one hypothesis so far: equal ones would fill the list with copies
     parents = torch.arange(alive.scores.numel(), device=sentences.device).view(alive.scores.shape)
     length = 0
@@ -127,8 +136,7 @@ def search_beams(
         likeliest, place = log_softmax_top_k(logits, 2 * beam_size, beams=beam_size, addend=alive.scores.flatten())
         refuse_nan(likeliest)
         token, beam = place % vocabulary, place // vocabulary
-        parent = alive.take(beam)
-        grown = parent.grow(torch.where(likeliest > NEVER, likeliest - parent.scores, NEVER), token, likeliest)
+        log_prob = likeliest - alive.scores.gather(1, beam)
 
         ended = token == eos_idx
         arriving = ended & (likeliest > NEVER)
@@ -136,11 +144,14 @@ def search_beams(
             room = capacity - (finished.scores > NEVER).sum(1, keepdim=True)
             arriving &= (~ended).cumsum(1) < beam_size
             arriving &= arriving.cumsum(1) <= room
-        alive, chosen = grown._replace(scores=likeliest.masked_fill(ended, NEVER)).best(beam_size)
-        first_row = torch.arange(0, rows.numel(), beam_size, device=rows.device)[:, None]
-        parents = first_row + beam.gather(1, chosen)
-        scores = (likeliest / options.penalise(length)).masked_fill(~arriving, NEVER)
-        finished = finished.pad(padding_idx).beside(grown._replace(scores=scores)).best(capacity)[0]
+        if arriving.any():
+            scores = (likeliest / options.penalise(length)).masked_fill(~arriving, NEVER)
+            arrived = alive.take(beam).grow(log_prob, token, scores).width(longest, padding_idx)
+            finished = finished.beside(arrived).best(capacity)
+        scores, chosen = _highest(likeliest.masked_fill(ended, NEVER), beam_size)
+        beam = beam.gather(1, chosen)
+        alive = alive.take(beam).grow(log_prob.gather(1, chosen), token.gather(1, chosen), scores)
+        parents = torch.arange(0, rows.numel(), beam_size, device=rows.device)[:, None] + beam
 
         limits = max_lengths[sentences]
         hope = alive.scores[:, 0] / options.penalise(limits)
@@ -159,6 +170,7 @@ def search_beams(
 def _store(results: Results, sentences: Tensor, finished: _Beams, alive: _Beams, top_beams: int) -> None:
     """The best finished hypotheses; of sentences that have none, the best alive ones."""
     any_finished = finished.scores[:, :1] > NEVER
+    finished = finished.width(alive.log_probs.shape[2])
     scores, tokens, log_probs, lengths = (
         torch.where(any_finished.view(-1, *[1] * (done.dim() - 1)), done[:, :top_beams], going[:, :top_beams])
         for done, going in zip(finished, alive, strict=True)
@@ -168,6 +180,7 @@ def _store(results: Results, sentences: Tensor, finished: _Beams, alive: _Beams,
 
 def _common(alive: _Beams, finished: _Beams) -> Tensor:
     """(b,): with how many tokens all of a sentence's hypotheses begin: what comes of them begins so too."""
+    finished = finished.width(alive.log_probs.shape[2])
     tokens = torch.cat([alive.tokens, finished.tokens], 1)[..., 1:]
     real = torch.cat([alive.scores, finished.scores], 1) > NEVER
     same = (tokens == alive.tokens[:, :1, 1:]) | ~real[..., None]

@@ -15,13 +15,12 @@ import threading
 import time
 
 import pytest
-import torch
 
-from fused_transformer import Transformer, TransformerConfig, cli_translate
+from fused_transformer import cli_translate
 from fused_transformer.checkpoint import save_checkpoint
-from fused_transformer.tokenizer import Tokenizer
 from fused_transformer.translation import Translator
 from tests.transformer.texts import parallel_lines
+from tests.transformer.untrained import untrained
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -33,18 +32,9 @@ SHORT = ["--max-length", "8"]
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     """The path of a model that has learned nothing, but translates all the same."""
-    source, target = parallel_lines(200)
-    tokenizer = Tokenizer.learn(source + target, 320)
-    torch.manual_seed(4)
-    config = TransformerConfig(
-        source_vocab_size=len(tokenizer), d_model=16, num_heads=2, d_feedforward=32,
-        num_encoder_layers=1, num_decoder_layers=1,
-    )  # fmt: skip
-    network = Transformer(config)
-    with torch.no_grad():
-        network.source_embedding.weight *= 3
+    translator = untrained()
     path = tmp_path_factory.mktemp("model") / "model.safetensors"
-    save_checkpoint(path, network, tokenizer)
+    save_checkpoint(path, translator.model, translator.tokenizer)
     return str(path)
 
 
