@@ -1,5 +1,5 @@
 """What PyTorch's test/nn/test_multihead_attention.py asks of nn.MultiheadAttention, in our words; nested tensors; masks
-of each head. (test_torch_suite.py lists what is waived.)"""
+of each head. (test_torch_files.py lists what is waived.)"""
 
 from __future__ import annotations
 

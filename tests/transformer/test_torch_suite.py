@@ -1,20 +1,11 @@
 """PyTorch's own samples as judge of our classes: torch.testing's module_db, which its test/test_modules.py runs.
 
 The wheel ships the samples (constructor, inputs, reference function), not the test files. What those files ask of
-nn.MultiheadAttention beside is asked in test_torch_multihead.py, in our words. Waived, of the tests of torch 2.13:
+nn.MultiheadAttention beside is asked in test_torch_multihead.py, in our words; test_torch_files.py runs the files
+themselves where they are, and lists what is waived.
 
-test/test_modules.py
-  test_gradgrad: the ops have first derivatives (a second one is an error); torch skips its own Transformer's too.
-  test_memory_format: skipped for these modules by torch.
-  test_factory_kwargs of TransformerEncoder: its constructor takes none (an expected failure of torch's).
-test/nn/test_multihead_attention.py
-  test_multihead_self_attn_two_masks_fast_path_mock: wants torch._native_multi_head_attention called; it never is.
-  test_multihead_attn_nested_tensor_outside_fast_path: wants nested tensors refused; ours attends in every mode.
-  test_multihead_attention: wants NaN in rows without keys (of F.multi_head_attention_forward, which it calls itself).
-test/test_transformers.py
-  test_with_nested_tensor_input, test_mask_check_fastpath, test_disable_fastpath: want torch's fast path to be called.
-  test_train_with_is_causal: wants is_causal=True without attn_mask to be an error; ours is causal then.
-  test_script_encoder_subclass, test_script_mha_in_proj_weight_none: want a forward that torch.jit.script compiles.
+Of test/test_modules.py's tests there is none here of second derivatives (the ops have first ones) and none of memory
+formats.
 """
 
 from __future__ import annotations

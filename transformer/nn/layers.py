@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from fused_transformer.attention import MultiheadAttention
 from fused_transformer.nn.keys import Keys, run_nested
 from fused_transformer.nn.parts import Stream, activated, add_norm, known_activation, plain, position_wise
-from fused_transformer.nn.stand_in import adopt, stands_in
+from fused_transformer.nn.stand_in import OURS, adopt, stands_in
 
 Step = tuple[Callable[[Tensor], Tensor], nn.Module, nn.Module]  # a sublayer, its dropout, its norm
 
@@ -28,7 +28,7 @@ class _Layer(nn.Module):
     def _adopt_parts(self) -> None:
         """The constructor of torch.nn has made the parts, with its initial values; now they are ours."""
         for part in self.children():
-            if type(part) in (nn.MultiheadAttention, nn.LayerNorm):
+            if type(part) in OURS:
                 adopt(part)
 
     def _through(self, steps: tuple[Step, ...], stream: Stream) -> Stream:
