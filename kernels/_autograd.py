@@ -6,20 +6,52 @@ from collections.abc import Callable
 from functools import wraps
 
 import torch
+from torch import Tensor
+
+
+class _NotDifferentiable(torch.autograd.Function):
+    """Gradients as they are, on a node between them and what they depend on, where a second derivative ends."""
+
+    @staticmethod
+    def forward(_ctx, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(x.detach() for x in tensors[:count])
+
+    @staticmethod
+    def backward(_ctx, *_gradients):
+        raise RuntimeError("trying to differentiate twice a function that was marked with @once_differentiable")
+
+
+class _Unpacked:
+    """A Function's ctx whose saved tensors have been unpacked, which happens once (checkpointing sees to that)."""
+
+    def __init__(self, ctx):
+        self._ctx, self.saved_tensors = ctx, ctx.saved_tensors
+
+    def __getattr__(self, name: str):
+        return getattr(self._ctx, name)
 
 
 def once_differentiable(backward: Callable) -> Callable:
-    """torch's decorator of that name, also for upstream gradients that are constants.
+    """What torch's decorator of that name does, for whoever asks for a second derivative.
 
-    torch's alone lets those through, as if the gradient did not depend on what was saved: with create_graph=True a
-    penalty on the gradient of a loss, whose upstream gradient is 1, would be left out in silence.
+    torch's alone lets two of them through, as if the gradient did not depend on what was saved: with create_graph=True
+    a penalty on the gradient of a loss, whose upstream gradient is a constant, would be left out in silence; and
+    torch.autograd.grad of a gradient with respect to an input would find that it was not used.
     """
-    decorated = torch.autograd.function.once_differentiable(backward)
 
     @wraps(backward)
     def checked(ctx, *gradients):
-        if torch.is_grad_enabled():  # create_graph=True
-            gradients = tuple(g if g is None or g.requires_grad else g.detach().requires_grad_() for g in gradients)
-        return decorated(ctx, *gradients)
+        if not torch.is_grad_enabled():
+            return backward(ctx, *gradients)
+        ctx = _Unpacked(ctx)  # create_graph=True
+        with torch.no_grad():
+            outputs = backward(ctx, *gradients)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        given = [x for x in outputs if x is not None]
+        causes = [x for x in (*gradients, *ctx.saved_tensors) if x is not None and x.requires_grad]
+        if not (given and causes):
+            return outputs
+        ends = iter(_NotDifferentiable.apply(len(given), *given, *causes))
+        return tuple(None if x is None else next(ends) for x in outputs)
 
     return checked

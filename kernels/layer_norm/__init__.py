@@ -33,7 +33,8 @@ class _LayerNorm(torch.autograd.Function):
             ctx.backend, ctx.dropout_p, ctx.rms = backend, dropout_p, rms
             ctx.param_dtypes = [None if p is None else p.dtype for p in (x_bias, weight, bias)]
             ctx.set_materialize_grads(False)
-        return (y, total) if wants_total else y
+        # The total is an output in any case: so autograd knows what the saved one depends on.
+        return y, total
 
     @staticmethod
     @once_differentiable
@@ -202,6 +203,7 @@ def _run(x, residual, x_bias, weight, bias, seed, eps, dropout_p, *, rms: bool, 
     wants_backward = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     arguments = (*tensors, seed, float(eps), float(dropout_p), rms, wants_total, wants_backward)
     if wants_backward or forward_ad._current_level >= 0:  # forward-mode AD: autograd must see the call to refuse it
-        return _LayerNorm.apply(*arguments)
+        y, total = _LayerNorm.apply(*arguments)
+        return (y, total) if wants_total else y
     y, total, _, _ = op.pick(*arguments).forward(*arguments)  # half the host time of apply()
     return (y, total) if wants_total else y

@@ -93,6 +93,24 @@ def test_forward_mode_and_second_derivatives_say_that_there_are_none(name):
         grad(lambda tensors: sum(x.square().sum() for x in first(tensors).values()))(*tensors)
 
 
+# embedding's is linear in the table, and the gradients of rectified numbers do not change with them
+@pytest.mark.parametrize("name", [name for name in DIFFERENTIABLE if not name.startswith("embedding")])
+@pytest.mark.parametrize("constant", [False, True])
+def test_a_gradient_of_a_gradient_is_an_error_and_not_left_out(name, constant):
+    """Whoever asks for it: backward(), and torch.autograd.grad, which follows what leads to its inputs alone."""
+    call = CALLS[name]("cpu")
+    leaves = {name: x.detach().requires_grad_() for name, x in floats(call).items()}
+    output = call._replace(tensors={**call.tensors, **leaves}).run()
+    output = output if torch.is_tensor(output) else output[0]
+    upstream = torch.ones_like(output).requires_grad_(not constant)
+    x = next(iter(leaves.values()))
+    (gradient,) = torch.autograd.grad(output, x, upstream, create_graph=True)
+    again = gradient.square().sum()
+    for differentiate in (lambda: torch.autograd.grad(again, x, allow_unused=True, retain_graph=True), again.backward):
+        with pytest.raises(RuntimeError, match="once_differentiable"):
+            differentiate()
+
+
 # ---------------------------------------------------------------- tensors without memory
 
 
