@@ -26,8 +26,8 @@ def routed(x: Tensor) -> bool:
     """Whether a call with x must be an operator of torch's dispatcher instead of a direct call of a backend.
 
     It must where torch.compile or torch.export traces it, inside torch.func's vmap and grad, under a mode that looks at
-    every operator (fake tensors, make_fx, FlopCounterMode, selective checkpointing), and for tensors that have no
-    memory of their own (meta tensors, subclasses).
+    every operator (fake tensors, make_fx, FlopCounterMode, selective checkpointing), under torch.jit.trace, and for
+    tensors that have no memory of their own (meta tensors, subclasses).
     """
     if torch.compiler.is_compiling():
         return True
@@ -38,6 +38,7 @@ def routed(x: Tensor) -> bool:
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._are_functorch_transforms_active()
         or x.is_meta
+        or torch._C._get_tracing_state() is not None
     )
 
 

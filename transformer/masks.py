@@ -172,8 +172,8 @@ def _hides_nothing(mask: Tensor) -> bool:
 def may_look(x: Tensor) -> bool:
     """Whether Python may choose by the numbers in x: they cost nothing, and the choice holds for this call alone.
 
-    Not on a GPU, which the host would wait for; not in what torch.compile, fake tensors or make_fx trace, nor in
-    torch.func's vmap, where there is no one answer.
+    Not on a GPU, which the host would wait for; not in what torch.compile, torch.jit, fake tensors or make_fx trace, nor
+    in torch.func's vmap, where there is no one answer.
     """
     return (
         x.device.type == "cpu"
@@ -181,6 +181,7 @@ def may_look(x: Tensor) -> bool:
         and not torch.compiler.is_compiling()
         and not torch._C._are_functorch_transforms_active()
         and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._get_tracing_state() is None
     )
 
 

@@ -6,14 +6,14 @@ import copy
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fused_transformer import nn as ours_nn
 from fused_transformer.kernels import OPS, use_backend
 from tests.inputs import normal, running_on
 from tests.oracle import assert_equal, assert_matches
 from tests.transformer import nn_naive as naive
-from tests.transformer.nn_cases import B, E, H, L, S, causal, make, padding, randomised, twins
+from tests.transformer.nn_cases import B, E, H, L, S, as_float, causal, make, padding, randomised, twins
 
 # ------------------------------------------------------------------ rows with nothing to attend to
 
@@ -94,6 +94,33 @@ def test_no_hint_and_no_mask_is_no_causality():
     module, theirs = twins("decoder")
     tgt, memory = normal(B, L, E), normal(B, S, E)
     torch.testing.assert_close(module(tgt, memory), theirs(tgt, memory))
+
+
+# ------------------------------------------------------------------ masks of four axes
+
+
+@pytest.mark.parametrize("kind", ["encoder_layer", "encoder", "decoder_layer", "decoder", "transformer"])
+@pytest.mark.parametrize("batch_first", [True, False])
+@pytest.mark.parametrize("axes", [(1, 1), (B, 1), (1, H), (B, H)], ids=str)
+@pytest.mark.parametrize("soft", [False, True], ids=["bool", "float"])
+def test_a_mask_of_four_axes_is_that_of_each_head(kind, batch_first, axes, soft):
+    def masks(size: int) -> tuple[Tensor, Tensor]:
+        mask = torch.rand(*axes, L, size) < 0.5
+        mask[..., 0] = False
+        mask = normal(*axes, L, size) + as_float(mask) if soft else mask
+        return mask, mask.expand(B, H, L, size).flatten(0, 1)
+
+    model = randomised(make(ours_nn, kind, batch_first=batch_first))
+    src, memory = (x if batch_first else x.transpose(0, 1) for x in (normal(B, L, E), normal(B, S, E)))
+    own, cross = masks(L), masks(S)
+    if "encoder" in kind:
+        name = "src_mask" if "layer" in kind else "mask"
+        got, expected = (model(src, **{name: mask}) for mask in own)
+    elif "decoder" in kind:
+        got, expected = (model(src, memory, tgt_mask=a, memory_mask=b) for a, b in zip(own, cross, strict=True))
+    else:
+        got, expected = (model(src, src, src_mask=mask, tgt_mask=mask, memory_mask=mask) for mask in own)
+    assert_equal(got, expected)
 
 
 # ------------------------------------------------------------------ return_attention

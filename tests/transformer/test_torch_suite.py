@@ -16,6 +16,7 @@ import io
 import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -32,10 +33,13 @@ KINDS = (
     "TransformerEncoderLayer",
     "TransformerDecoderLayer",
     "TransformerEncoder",
+    "TransformerDecoder",
     "Transformer",
     "LayerNorm",
     "RMSNorm",
 )
+CONTAINERS = ("TransformerEncoder", "TransformerDecoder")
+THEIR_DECODER = nn.TransformerDecoder
 SAMPLES = {"MultiheadAttention": 64, "Transformer": 64}  # some of those known to be there
 
 pytestmark = [
@@ -62,7 +66,24 @@ def module_db():
         table = importlib.import_module("torch.testing._internal.common_modules").module_db
     finally:
         torch.backends.disable_global_flags = freeze
-    return {info.module_cls.__name__: info for info in table if info.module_cls.__name__ in KINDS}
+    found = {info.module_cls.__name__: info for info in table if info.module_cls.__name__ in KINDS}
+    layers = found["TransformerDecoderLayer"]
+    assert "TransformerDecoder" not in found, "torch has samples of its own now"
+    found["TransformerDecoder"] = SimpleNamespace(
+        module_cls=THEIR_DECODER, module_inputs_func=lambda *args, **options: in_a_stack(layers, *args, **options)
+    )
+    return found
+
+
+def in_a_stack(layers, _info, *, device: str, dtype: torch.dtype, **options) -> list:
+    """Samples of nn.TransformerDecoder, of which torch has none, made of the layer's as nn.TransformerEncoder's are."""
+    samples = layers.module_inputs_func(layers, device=device, dtype=dtype, **options)
+    for sample in samples:
+        constructor = sample.constructor_input
+        layer = nn.TransformerDecoderLayer(*constructor.args, **constructor.kwargs, device=device, dtype=dtype)
+        constructor.args, constructor.kwargs = (layer, 2), {}
+        sample.reference_fn = None  # it is a layer's
+    return samples
 
 
 class Samples:
@@ -79,7 +100,7 @@ class Samples:
 
     def module(self, sample, kind: type[nn.Module] | None = None, **factory) -> nn.Module:
         constructor = sample.constructor_input
-        if self.ours.__name__ != "TransformerEncoder":  # a container of a layer that has its dtype
+        if self.ours.__name__ not in CONTAINERS:  # of a layer that has its dtype
             factory = {"device": "cpu", "dtype": self.dtype} | factory
         return (kind or self.ours)(*constructor.args, **constructor.kwargs, **factory).train(self.training)
 
@@ -227,8 +248,8 @@ def test_train_and_eval_and_no_grad_give_the_same(samples):
 
 @pytest.mark.parametrize("samples", [torch.float32], ids=["float32"], indirect=True)
 def test_the_meta_device_and_dtypes_of_the_constructor(samples, kind):
-    if kind == "TransformerEncoder":
-        pytest.skip("nn.TransformerEncoder's constructor takes neither device nor dtype")
+    if kind in CONTAINERS:
+        pytest.skip(f"nn.{kind}'s constructor takes neither device nor dtype")
     for sample in samples:
         real = samples.module(sample)
         module = samples.module(sample, device="meta")
