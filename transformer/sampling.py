@@ -96,6 +96,5 @@ def _draw_column(log_probs: Tensor, uniform: Tensor, options: SearchOptions) -> 
         total = sums.gather(1, kept - 1)
     else:
         total = sums[:, -1:]
-    # Below the total, so that the column found has a probability even where the product rounds up.
-    target = torch.minimum(uniform[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
-    return torch.searchsorted(sums, target, right=True).clamp_(max=sums.shape[1] - 1)
+    # A number below 1 times the total rounds to less than the total, so the column found has a probability.
+    return torch.searchsorted(sums, uniform[:, None] * total, right=True)

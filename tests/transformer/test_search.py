@@ -224,13 +224,22 @@ def test_power_penalty_worked_by_hand():
 
 def test_patience_worked_by_hand():
     """Two beams: bE is the first to end; aE, behind two that live on, does not count; then abE, then aaE or aac."""
-    step, limit = hand_made(TREE), torch.tensor([4])
-    one = search_beams(step, limit, beam_size=2, patience=0.5, length_penalty=2.0, penalty="power")
-    assert one.tolist() == [[[4]]], "the first finished one, though later ones would score higher"
-    two = search_beams(step, limit, beam_size=2, top_beams=2, patience=1.0, length_penalty=2.0, penalty="power")
-    assert two.tolist() == [[[3, 4], [4]]]
-    four = search_beams(step, limit, beam_size=2, top_beams=2, patience=2.0, length_penalty=2.0, penalty="power")
-    assert four.tolist() == [[[3, 3, 5], [3, 4]]]
+    tree, limit, calls = hand_made(TREE), torch.tensor([4]), []
+
+    def step(*args):
+        calls.append(args)
+        return tree(*args)
+
+    def found(**options):
+        calls.clear()
+        return search_beams(step, limit, length_penalty=2.0, penalty="power", beam_size=2, **options).tolist()
+
+    assert found(patience=0.5) == [[[4]]], "the first finished one, though later ones would score higher"
+    assert len(calls) == 2
+    assert found(patience=1.0, top_beams=2) == [[[3, 4], [4]]]
+    assert len(calls) == 3
+    assert found(patience=2.0, top_beams=2) == [[[3, 3, 5], [3, 4]]]
+    assert len(calls) == 4
 
 
 def test_no_ngram_twice_finds_what_a_search_of_text_finds():
@@ -267,6 +276,13 @@ def test_draws_follow_the_probabilities():
     shares = tokens.bincount(minlength=VOCABULARY) / len(tokens)
     torch.testing.assert_close(shares, (logits[0] / 1.3).softmax(0), atol=0.015, rtol=0)
     assert torch.equal(log_probs, logits.log_softmax(1).gather(1, tokens[:, None])[:, 0])
+
+
+def test_top_p_ends_where_it_is_reached():
+    """Of four times 1/4 (exact in every arithmetic) two have 0.5, and 0.51 takes three."""
+    highest = torch.tensor([0.999], dtype=torch.float64)
+    for top_p, token in ((0.25, 0), (0.5, 1), (0.51, 2), (0.75, 2), (0.76, 3)):
+        assert draw(torch.zeros(1, 4), highest, SearchOptions(num_samples=1, top_p=top_p))[1].item() == token
 
 
 @pytest.mark.parametrize("options", [{}, {"top_p": 0.9}, {"top_k": 3}])
