@@ -6,7 +6,7 @@ import fused_transformer.nn as nn
 from fused_transformer.add_norm import AddLayerNorm
 from fused_transformer.attention import MultiheadAttention
 from fused_transformer.config import TransformerConfig
-from fused_transformer.decoding import beam_search, greedy
+from fused_transformer.decoding import beam_search, generate, greedy
 from fused_transformer.embedding import TokenEmbedding
 from fused_transformer.feed_forward import FeedForward
 from fused_transformer.fusing import FuseReport, fuse, unfuse
@@ -16,7 +16,7 @@ from fused_transformer.loss import smoothed_cross_entropy
 from fused_transformer.model import Decoder, Encoder, Transformer
 from fused_transformer.reporting import ModelReport, model_report
 from fused_transformer.schedule import NoamLR
-from fused_transformer.search import Hypotheses
+from fused_transformer.search import Hypotheses, NewTokens, SearchOptions
 
 __version__ = version("fused-transformer")
 
@@ -32,13 +32,16 @@ __all__ = [
     "Hypotheses",
     "ModelReport",
     "MultiheadAttention",
+    "NewTokens",
     "NoamLR",
+    "SearchOptions",
     "TokenEmbedding",
     "Transformer",
     "TransformerConfig",
     "__version__",
     "beam_search",
     "fuse",
+    "generate",
     "greedy",
     "model_report",
     "nn",
