@@ -40,6 +40,9 @@ def _translate(options: argparse.Namespace) -> None:
         if getattr(options, name) is not None and getattr(options, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be positive, got {getattr(options, name)}")
     search = search_options(options)
+    for read in filter(None, (options.input, options.prefixes)):
+        if options.output and os.path.exists(options.output) and os.path.samefile(read, options.output):
+            raise ValueError(f"--output is {read}, which is to be read")
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     translator = Translator.load(options.model, options.device, weights=options.weights)

@@ -88,13 +88,13 @@ def _draw_column(log_probs: Tensor, uniform: Tensor, options: SearchOptions) -> 
     # A row without a number to choose by gets any column: what is found there tells the caller.
     usable = log_probs.amax(1, keepdim=True) > NEVER
     scaled = torch.where(usable, log_probs.double() / options.temperature, 0.0)
-    sums = scaled.softmax(1).cumsum(1)
+    # In whole units of 2^-52, which add up to the same on every device and in any order.
+    sums = (scaled.softmax(1) * 2.0**52).long().cumsum(1)
+    total = sums[:, -1:]
     if options.top_p < 1:
         likelier = sums.roll(1, 1)
-        likelier[:, 0] = 0.0
-        kept = (likelier < options.top_p * sums[:, -1:]).sum(1, keepdim=True)  # the first ones
+        likelier[:, 0] = 0
+        kept = (likelier.double() < options.top_p * total.double()).sum(1, keepdim=True)  # the first ones
         total = sums.gather(1, kept - 1)
-    else:
-        total = sums[:, -1:]
-    # A number below 1 times the total rounds to less than the total, so the column found has a probability.
-    return torch.searchsorted(sums, uniform[:, None] * total, right=True)
+    # A number below 1 times the total is below the total, rounded too, so the column found has a probability.
+    return torch.searchsorted(sums, (uniform[:, None] * total.double()).long(), right=True)

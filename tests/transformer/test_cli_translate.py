@@ -80,6 +80,12 @@ def test_an_empty_file_gives_an_empty_file(model, tmp_path):
     assert run(model, b"") == (0, b"", "")
 
 
+def test_the_input_is_not_written_over(model, tmp_path, capsys):
+    (tmp_path / "out").write_text("un chat\n")
+    assert cli_translate.main(["--model", model, "--input", str(tmp_path / "out"), "--output", f"{tmp_path}/out"]) == 1
+    assert "which is to be read" in capsys.readouterr().err and (tmp_path / "out").read_text() == "un chat\n"
+
+
 def test_a_line_typed_gives_a_line_at_once(model):
     """The answer to a line comes though the input stays open; with --interactive for a pipe, as for a terminal."""
     for interactive in (True, False):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -43,8 +45,8 @@ def model():
     return model
 
 
-def without_cache(model):
-    return lambda prefixes, rows, parents: model(SOURCE[rows], prefixes)[:, -1]
+def without_cache(model, source=SOURCE):
+    return lambda prefixes, rows, parents: model(source[rows], prefixes)[:, -1]
 
 
 def assert_same(found, expected):
@@ -56,15 +58,18 @@ def assert_same(found, expected):
 
 @pytest.mark.parametrize("prefixes", [None, PREFIXES], ids=["free", "prefixed"])
 @pytest.mark.parametrize("name", OPTIONS)
-def test_equals_the_search_without_a_cache(model, name, prefixes):
-    options = SearchOptions(**OPTIONS[name])
-    keys = sentence_keys(SOURCE, LENGTHS)
-    expected = search(without_cache(model), LIMITS, options, forced=prefixes, keys=keys)
-    found = generate(model, SOURCE, options=options, max_lengths=LIMITS, prefixes=prefixes)
+def test_equals_the_search_without_a_cache(model, name, prefixes, device):
+    options, model = SearchOptions(**OPTIONS[name]), copy.deepcopy(model).to(device)
+    source, lengths, limits = (x.to(device) for x in (SOURCE, LENGTHS, LIMITS))
+    prefixes = None if prefixes is None else prefixes.to(device)
+    keys = sentence_keys(source, lengths)
+    assert keys.tolist() == sentence_keys(SOURCE, LENGTHS).tolist()
+    expected = search(without_cache(model, source), limits, options, forced=prefixes, keys=keys)
+    found = generate(model, source, options=options, max_lengths=limits, prefixes=prefixes)
     assert found.tokens.shape == (3, options.returned, 9)
     assert_same(found, expected)
     if prefixes is not None:
-        assert (found.tokens[0, found.lengths[0] > 0, :2] == PREFIXES[0]).all()
+        assert (found.tokens[0, found.lengths[0] > 0, :2] == prefixes[0]).all()
 
 
 @pytest.mark.parametrize("name", OPTIONS)
