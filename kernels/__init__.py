@@ -15,7 +15,7 @@ torch.autocast dtypes are those that torch's own functions would give (_autocast
 
 from fused_transformer.kernels._dispatch import BACKENDS, OPS, observe, use_backend
 from fused_transformer.kernels._philox import new_seed
-from fused_transformer.kernels.attention import attention, attention_weights, attention_with_lse, self_attention
+from fused_transformer.kernels.attention import attention, attention_weights, attention_with_lse
 from fused_transformer.kernels.bias_act import bias_act
 from fused_transformer.kernels.cross_entropy import cross_entropy
 from fused_transformer.kernels.decode_attention import decode_attention, decode_attention_with_lse
@@ -50,7 +50,6 @@ __all__ = [
     "new_seed",
     "observe",
     "rms_norm",
-    "self_attention",
     "sinusoidal_positions",
     "use_backend",
 ]

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from fused_transformer.kernels import attention, attention_weights, attention_with_lse, new_seed, self_attention
+from fused_transformer.kernels import attention, attention_weights, attention_with_lse, new_seed
+from fused_transformer.kernels.attention import self_attention
 from fused_transformer.masks import MultiheadAttentionError, attention_masks, check_inputs, check_masks
 from fused_transformer.nested import forward_nested
 

@@ -172,8 +172,8 @@ def _hides_nothing(mask: Tensor) -> bool:
 def may_look(x: Tensor) -> bool:
     """Whether Python may choose by the numbers in x: they cost nothing, and the choice holds for this call alone.
 
-    Not on a GPU, which the host would wait for; not in what torch.compile, torch.jit, fake tensors or make_fx trace, nor
-    in torch.func's vmap, where there is no one answer.
+    Not on a GPU, which the host would wait for; not in what torch.compile, torch.jit, fake tensors or make_fx trace,
+    nor in torch.func's vmap, where there is no one answer.
     """
     return (
         x.device.type == "cpu"

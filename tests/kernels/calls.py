@@ -11,6 +11,7 @@ from torch import Tensor
 from fused_transformer import kernels
 from fused_transformer.kernels import OPS
 from fused_transformer.kernels._dispatch import Op
+from fused_transformer.kernels.attention import self_attention as attention_to_itself
 from tests.inputs import normal
 
 
@@ -64,7 +65,7 @@ def attention_packed(device: str) -> Call:
 def self_attention(device: str) -> Call:
     tensors = {"qkv": normal(2, 6, 3 * 2 * 16, device=device)}
     options = {"heads": 2, "causal": True, "weights": "mean", "dropout_p": 0.25, "seed": seed(device)}
-    return Call(kernels.self_attention, tensors, options)
+    return Call(attention_to_itself, tensors, options)
 
 
 def attention_weights(device: str) -> Call:

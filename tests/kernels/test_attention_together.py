@@ -12,10 +12,9 @@ from fused_transformer.kernels import (
     attention_weights,
     attention_with_lse,
     observe,
-    self_attention,
     use_backend,
 )
-from fused_transformer.kernels.attention import together
+from fused_transformer.kernels.attention import self_attention, together
 from tests.inputs import FLOATS, Case, case_id, dtype_id, lesser_isas, normal, run_tests_with_isa
 from tests.oracle import assert_equal, assert_matches, in_float64, run_with_gradients
 
