@@ -57,7 +57,7 @@ def search(
     eos_idx: int = 2,
     padding_idx: int = 0,
 ) -> Hypotheses:
-    """What the options ask for: samples if num_samples, greedy if beam_size is 1, else beam search.
+    """What the options ask for: samples if num_samples, greedy if options.greedy, else beam search.
 
     Args:
         step: gives the logits of the next token, see the module's docstring; options.rows rows for each sentence.
@@ -90,7 +90,7 @@ def search(
     special["on_tokens"] = on_tokens
     if options.num_samples:
         return search_samples(step, max_lengths, options, keys=keys, **special)
-    if options.beam_size == 1:
+    if options.greedy:
         return search_greedy(step, max_lengths, **special)
     return search_beams(step, max_lengths, options, **special)
 

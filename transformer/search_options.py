@@ -20,7 +20,8 @@ class SearchOptions:
     tensor2tensor. A forced token so has probability 1. A hypothesis all of whose next tokens are forbidden is dropped.
 
     Attributes:
-        beam_size: hypotheses followed at once; 1 is greedy.
+        beam_size: hypotheses followed at once; 1 is greedy, unless stop_early or patience asks for beam search, which
+            may look past the first eos. Greedy scores are log-probabilities, whatever the penalty.
         top_beams: translations returned, best first; at most beam_size. (num_return_sequences in Hugging Face,
             num_hypotheses in CTranslate2.)
         length_penalty: the exponent, not negative; 0 ranks by log-probability, higher favours longer translations.
@@ -81,6 +82,11 @@ class SearchOptions:
     def rows(self) -> int:
         """Hypotheses that a step extends, for each sentence."""
         return self.num_samples or self.beam_size
+
+    @property
+    def greedy(self) -> bool:
+        """The likeliest token is all that is looked for."""
+        return not self.num_samples and self.beam_size == 1 and self.patience is None and self.stop_early is None
 
     @property
     def returned(self) -> int:

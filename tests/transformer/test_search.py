@@ -242,6 +242,14 @@ def test_patience_worked_by_hand():
     assert len(calls) == 4
 
 
+def test_one_beam_is_greedy_unless_beam_search_is_asked_for():
+    tree = {"": {"E": 0.6, "a": 0.4}, "a": {"E": 1.0}}
+    limit, options = torch.tensor([4]), SearchOptions(beam_size=1, length_penalty=9.0)
+    assert search(hand_made(tree), limit, options).tolist() == [[[]]]
+    assert search(hand_made(tree), limit, replace(options, patience=2.0)).tolist() == [[[3]]]
+    assert search(hand_made(tree), limit, replace(options, stop_early=False)).tolist() == [[[3]]]
+
+
 def test_no_ngram_twice_finds_what_a_search_of_text_finds():
     for tokens in itertools.product([3, 4], repeat=6):
         for size in range(1, 5):
