@@ -65,12 +65,7 @@ FT_DEVICE void second_pass(const LayerNormBackward& args, uint64_t seed, int64_t
     for (int i = 0; i < kVec; ++i) d[i] += dtotal[i];
   }
   if (args.dresidual) store(static_cast<T*>(args.dresidual) + row * args.N + col, d);
-  if (args.seed) {
-    float factor[kVec];
-    dropout_factors(seed, args.dropout_threshold, args.dropout_scale, row, col, factor);
-#pragma unroll
-    for (int i = 0; i < kVec; ++i) d[i] *= factor[i];
-  }
+  if (args.seed) drop(seed, args.dropout_threshold, args.dropout_scale, row, col, d);
   if (args.dx) store(static_cast<T*>(args.dx) + row * args.N + col, d);
 #pragma unroll
   for (int i = 0; i < kVec; ++i) sums.dx_bias[i] += d[i];

@@ -65,7 +65,7 @@ void backward_row(const LayerNormBackward& args, const Output<T>& dx_rows, const
     }
     if (dtotal) d += load(dtotal + i, count);
     if (dresidual.data) dresidual.put(i, d, count);
-    d *= factor;
+    d = dropped(d, factor);
     if (dx.data) dx.put(i, d, count);
     if (sums.dx_bias) accumulate(sums.dx_bias, i, count, d);
   });

@@ -43,6 +43,9 @@ FT_INLINE void each_vector(int64_t N, const RowDropout* dropout, int64_t row, co
   }
 }
 
+// x as dropout leaves it: 0 where its factor is 0, whatever it was. A product would leave NaN and infinity NaN.
+FT_INLINE Vec dropped(Vec x, Vec factor) { return (factor > Vec{}) ? x * factor : Vec{}; }
+
 // One sum over a row, in an order that depends on N alone.
 struct RowSum {
   Vec slot[4] = {};

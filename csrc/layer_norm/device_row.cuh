@@ -1,7 +1,7 @@
 #pragma once
 // What the CUDA kernels of layer norm share: reading parameters of either type, and the total of some columns.
 
-#include "../common/philox.cuh"
+#include "../common/row_dropout.cuh"
 #include "../common/vector_width.cuh"
 #include "layer_norm.h"
 
@@ -30,12 +30,7 @@ FT_DEVICE void load_total(const LayerNormForward& args, uint64_t seed, int64_t r
 #pragma unroll
     for (int i = 0; i < kVec; ++i) total[i] += x_bias[i];
   }
-  if (args.seed) {
-    float factor[kVec];
-    dropout_factors(seed, args.dropout_threshold, args.dropout_scale, row, col, factor);
-#pragma unroll
-    for (int i = 0; i < kVec; ++i) total[i] *= factor[i];
-  }
+  if (args.seed) drop(seed, args.dropout_threshold, args.dropout_scale, row, col, total);
   if (args.residual) {
     float residual[kVec];
     load(static_cast<const T*>(args.residual) + row * args.residual_stride + col, residual);

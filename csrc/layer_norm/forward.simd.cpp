@@ -37,7 +37,7 @@ struct SummedRow {
     each_vector(N, dropout, index, [&](int64_t i, int count, int slot, Vec factor) FT_LAMBDA {
       Vec total = load(x + i, count);
       if (x_bias.data) total += x_bias.at(i, count);
-      total *= factor;
+      total = dropped(total, factor);
       if (residual) total += load(residual + i, count);
       f(i, count, slot, rounded<T>(total));
     });

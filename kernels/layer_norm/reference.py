@@ -21,7 +21,7 @@ def forward(x, residual, x_bias, weight, bias, seed, eps, dropout_p, rms, keep_t
     if x_bias is not None:
         total = total + x_bias.to(x.dtype)
     if seed is not None:
-        total = total * _dropout_factor(total, dropout_p, seed)
+        total = _dropped(total, dropout_p, seed)
     if residual is not None:
         total = residual + total
 
@@ -52,7 +52,7 @@ def backward(dy, dtotal, total, weight, mean, rstd, seed, dropout_p, rms, param_
         dresidual = dresidual + inner * rstd[..., None]
         dweight = _sum_rows(dy * normal) if wanted.dweight else None
         dbias = _sum_rows(dy) if wanted.dbias else None
-    dx = dresidual if seed is None else dresidual * _dropout_factor(dresidual, dropout_p, seed)
+    dx = dresidual if seed is None else _dropped(dresidual, dropout_p, seed)
     dx_bias = _sum_rows(dx) if wanted.dx_bias else None
     sums = (s if s is None else s.to(param_dtype) for s in (dx_bias, dweight, dbias))
     return dx.to(total.dtype) if wanted.dx else None, dresidual.to(total.dtype) if wanted.dresidual else None, *sums
@@ -66,8 +66,8 @@ def _sum_rows(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1]).sum(0)
 
 
-def _dropout_factor(like: Tensor, dropout_p: float, seed: Tensor) -> Tensor:
-    """0 or 1 / (1 - p) for each element; rows are numbered over all leading axes."""
-    cols = like.shape[-1]
-    keep = _philox.keep_rows(seed, dropout_p, like.numel() // cols, cols).view(like.shape)
-    return keep.to(like.dtype) * _philox.keep_scale(dropout_p)
+def _dropped(x: Tensor, dropout_p: float, seed: Tensor) -> Tensor:
+    """x / (1 - p), and 0 where dropped, whatever x holds there; rows are numbered over all leading axes."""
+    cols = x.shape[-1]
+    keep = _philox.keep_rows(seed, dropout_p, x.numel() // cols, cols).view(x.shape)
+    return torch.where(keep, x * _philox.keep_scale(dropout_p), 0)

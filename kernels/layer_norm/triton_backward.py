@@ -157,7 +157,7 @@ def layer_norm_backward_kernel(
             tl.store(dresidual_ptr + dense, d.to(dresidual_ptr.dtype.element_ty), mask)
         if seed_ptr is not None:
             kept = _triton.kept(tl.load(seed_ptr), threshold, 0, offs_m, first_n, BLOCK_N)
-            d *= tl.where(kept, keep_scale, 0.0)
+            d = tl.where(kept, d * keep_scale, 0.0)
         if dx_ptr is not None:
             tl.store(dx_ptr + dense, d.to(dx_ptr.dtype.element_ty), mask)
         if dx_bias_ptr is not None:

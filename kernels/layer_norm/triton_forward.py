@@ -69,7 +69,7 @@ def _total(
         total += tl.load(x_bias_ptr + offs_n, offs_n < cols, 0.0).to(tl.float32)[None, :]
     if seed_ptr is not None:
         kept = _triton.kept(tl.load(seed_ptr), threshold, 0, offs_m, first_n, BLOCK_N)
-        total *= tl.where(kept, keep_scale, 0.0)
+        total = tl.where(kept, total * keep_scale, 0.0)  # a product with 0 would leave NaN and infinity NaN
     if residual_ptr is not None:
         residual = tl.load(residual_ptr + offs_m[:, None] * stride_residual_m + offs_n[None, :], mask, 0.0)
         total += residual.to(tl.float32)

@@ -63,6 +63,28 @@ def test_a_wide_row_draws_the_same_mask_whenever_it_is_visited(backend, cols, de
     torch.testing.assert_close(y.double(), expected, rtol=0.01, atol=0.01)
 
 
+@pytest.mark.parametrize("garbage", [torch.nan, torch.inf])
+@pytest.mark.parametrize("cols", [71, 96])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_what_is_dropped_may_be_anything(backend, cols, garbage, device):
+    keep = _philox.keep_rows(new_seed(device), 0.5, ROWS, cols)
+    tensors = {name: normal(ROWS, cols, device=device) for name in ("x", "residual")}
+    dtotal = normal(ROWS, cols, device=device)
+
+    def run(x, upstream):
+        leaves = {**tensors, "x": x.requires_grad_()}
+        with running_on(backend):
+            y, total = add_layer_norm_with_total(**leaves, dropout_p=0.5, seed=new_seed(device))
+            (dx,) = torch.autograd.grad(total, leaves["x"], upstream)
+        return y.detach(), total.detach(), dx
+
+    clean = run(tensors["x"].clone(), dtotal)
+    dirty = run(torch.where(keep, tensors["x"], garbage), torch.where(keep, dtotal, garbage))
+    for got, expected in zip(dirty, clean, strict=True):
+        assert_equal(got, expected)
+    assert bool((dirty[2][~keep] == 0).all())
+
+
 def test_about_p_of_all_elements_are_dropped_and_the_mean_stays():
     x = torch.ones(1000, 1000)
     _, total = add_layer_norm_with_total(x, torch.zeros_like(x), dropout_p=0.1, seed=new_seed())
