@@ -2,6 +2,7 @@
 
 #include "decode_attention.h"
 
+#include "../common/check.h"
 #include "../common/isa.h"
 
 namespace fused::cpu {
@@ -14,18 +15,25 @@ int64_t at(const DecodeAttention::Integers& x, int64_t index) {
   return x.wide ? static_cast<const int64_t*>(x.data)[index] : static_cast<const int32_t*>(x.data)[index];
 }
 
+// As FT_REQUIRE, in the words of the reference: these numbers come from the caller of the op as they are, who knows
+// nothing of this file's functions.
+void require_within(const char* name, int64_t value, int64_t most) {
+  if (value >= 0 && value <= most) return;
+  std::ostringstream text;
+  text << name << " must be between 0 and " << most << ", got " << value;
+  throw std::invalid_argument(text.str());
+}
+
 // Numbers that would lead out of the cache's memory. Beside the cache itself this is little to read: one number of a
 // table for 2 * Hk * D of the keys and values.
 void check_numbers(const DecodeAttention& args) {
   for (int64_t b = 0; b < args.B; ++b) {
     const int64_t length = args.lengths.data == nullptr ? args.C : at(args.lengths, b);
-    FT_REQUIRE(length >= 0 && length <= args.C, "lengths must be between 0 and " << args.C << ", got " << length);
+    require_within("lengths", length, args.C);
     if (args.rows.data == nullptr) continue;
     const int64_t read = args.rows_position == 0 ? 1 : length;
-    for (int64_t j = 0; j < read; ++j) {
-      const int64_t row = at(args.rows, b * args.rows_batch + j * args.rows_position);
-      FT_REQUIRE(row >= 0 && row < args.R, "rows must be between 0 and " << args.R - 1 << ", got " << row);
-    }
+    for (int64_t j = 0; j < read; ++j)
+      require_within("rows", at(args.rows, b * args.rows_batch + j * args.rows_position), args.R - 1);
   }
 }
 
