@@ -10,6 +10,7 @@ Compiled as the build does it, and where an install with nvcc has left its objec
 from __future__ import annotations
 
 import argparse
+import fcntl
 import hashlib
 import json
 import os
@@ -145,10 +146,20 @@ def read_record() -> tuple[str | None, list[Build]]:
 
 
 def write_record(rows: list[Build], op: str | None) -> None:
-    """Replaces what the record says of this op, or all of it. A row a line, so that a diff can be read."""
-    kept = [] if op is None else [row for row in read_record()[1] if row.op != op]
-    lines = ",\n".join(json.dumps(asdict(row)) for row in sorted([*kept, *rows], key=lambda build: build.key))
-    RECORD.write_text(f'{{"nvcc": "{toolkit().version}", "builds": [\n{lines}\n]}}\n')
+    """Replaces what the record says of this op, or all of it. A row a line, so that a diff can be read.
+
+    One process at a time reads, changes and writes it, so that runs for several ops lose nothing of each other, and a
+    reader finds the old record or the new one whole.
+    """
+    folder = building.ROOT / "build"
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / f"{RECORD.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        kept = [] if op is None else [row for row in read_record()[1] if row.op != op]
+        lines = ",\n".join(json.dumps(asdict(row)) for row in sorted([*kept, *rows], key=lambda build: build.key))
+        part = RECORD.with_suffix(f".{os.getpid()}.part")
+        part.write_text(f'{{"nvcc": "{toolkit().version}", "builds": [\n{lines}\n]}}\n')
+        part.replace(RECORD)
 
 
 def main() -> None:

@@ -6,7 +6,11 @@ The record is bench/results/cuda_builds.json; `python -m tests.csrc.cuda_builds 
 from __future__ import annotations
 
 import re
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -101,3 +105,23 @@ ptxas info    : Compile time = 132.681 ms
 def test_a_report_is_read():
     (build,) = cuda_builds.parsed("op", LOG)
     assert build == cuda_builds.Build("op", "row_kernel<float, 4>", "sm_80", 40, 64, 16, 256)
+
+
+def test_several_writers_lose_nothing_of_each_other(tmp_path, monkeypatch):
+    (build,) = cuda_builds.parsed("op", LOG)
+    ops = [f"op{number}" for number in range(5)]
+    read = cuda_builds.read_record
+
+    def read_slowly():
+        record = read()
+        time.sleep(0.02)  # for the others to write meanwhile, if they may
+        return record
+
+    monkeypatch.setattr(cuda_builds, "RECORD", tmp_path / "record.json")
+    monkeypatch.setattr(cuda_builds, "toolkit", lambda: SimpleNamespace(version="13.0"))
+    monkeypatch.setattr(cuda_builds, "read_record", read_slowly)
+    with ThreadPoolExecutor(len(ops)) as pool:
+        list(pool.map(lambda op: cuda_builds.write_record([replace(build, op=op)], op), ops))
+    version, rows = read()
+    assert version == "13.0" and [row.op for row in rows] == ops
+    assert [path.name for path in tmp_path.iterdir()] == ["record.json"]
