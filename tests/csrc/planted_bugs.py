@@ -8,6 +8,7 @@ wait for too few copies.
 from __future__ import annotations
 
 from tests.csrc.bug import Bug
+from tests.csrc.planted_attention_bugs import ATTENTION_BUGS
 from tests.csrc.planted_row_bugs import ROW_BUGS
 
 
@@ -224,4 +225,5 @@ BUGS: tuple[Bug, ...] = (
         "if (lane == kWarp) previous = carried;",
     ),
     *ROW_BUGS,
+    *ATTENTION_BUGS,
 )
