@@ -1,5 +1,8 @@
 """Checkpoints: one safetensors file with weights, configuration, vocabulary and, to go on training, everything else.
 
+    save_model("model.safetensors", model)                        weights and configuration; tokenizer= adds one
+    model = load_model("model.safetensors")                       from there, or from what `train` wrote
+
     tensors    "model.<parameter>", "tokenizer" (the sentencepiece model's bytes), further tensors of the training state
     metadata   "format" and "version", "state" (JSON: the configuration, and what the training state adds), "sha256"
 
@@ -12,7 +15,7 @@ import hashlib
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -20,8 +23,11 @@ from safetensors.torch import save
 from torch import Tensor
 
 from fused_transformer.config import TransformerConfig
+from fused_transformer.extra_parts import add_parts_in
 from fused_transformer.model import Transformer
-from fused_transformer.tokenizer import Tokenizer
+
+if TYPE_CHECKING:  # sentencepiece, which a model alone does not need
+    from fused_transformer.tokenizer import Tokenizer
 
 FORMAT, VERSION = "fused_transformer checkpoint", 1
 BEST, LAST = "best.safetensors", "last.safetensors"
@@ -92,10 +98,42 @@ def read_file(path: str | Path) -> tuple[dict[str, Tensor], State]:
     return tensors, json.loads(state)
 
 
+def save_model(path: str | Path, model: Transformer, tokenizer: Tokenizer | None = None) -> None:
+    """Write a model to one safetensors file: weights in their dtypes, configuration, and the tokenizer if given.
+
+    Any program that reads safetensors can read it: the weights are "model.<name in the state_dict>", the configuration
+    is JSON under "state" of the metadata.
+
+    Raises:
+        OSError: it could not be written; a file that was at `path` is still there, whole.
+    """
+    save_checkpoint(path, model, tokenizer)
+
+
+def load_model(
+    path: str | Path, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+) -> Transformer:
+    """The model that `save_model` or `train` wrote, in evaluation mode.
+
+    Args:
+        path: a file, or a folder that `train` wrote (its best checkpoint).
+        device: where its parameters go.
+        dtype: theirs; None: the ones that were saved.
+
+    Raises:
+        FileNotFoundError: there is no checkpoint.
+        ValueError: the file is damaged, not a checkpoint, or of a later version; or weights and configuration do not
+            fit together.
+    """
+    path = find_checkpoint(path)
+    tensors, state = read_file(path)
+    return _build(path, tensors, state).to(device=device, dtype=dtype).eval()
+
+
 def save_checkpoint(
     path: str | Path,
     model: Transformer,
-    tokenizer: Tokenizer,
+    tokenizer: Tokenizer | None,
     state: State | None = None,
     tensors: dict[str, Tensor] | None = None,
 ) -> None:
@@ -109,7 +147,8 @@ def save_checkpoint(
         OSError: it could not be written; a file that was at `path` is still there.
     """
     everything = {f"model.{name}": x for name, x in model.state_dict().items()}
-    everything["tokenizer"] = torch.frombuffer(bytearray(tokenizer.to_bytes()), dtype=torch.uint8)
+    if tokenizer is not None:
+        everything["tokenizer"] = torch.frombuffer(bytearray(tokenizer.to_bytes()), dtype=torch.uint8)
     write_file(path, {**(tensors or {}), **everything}, {**(state or {}), "config": model.config.to_dict()})
 
 
@@ -118,25 +157,49 @@ def load_checkpoint(path: str | Path) -> tuple[Transformer, Tokenizer, State, di
 
     Raises:
         FileNotFoundError, ValueError: as `read_file`; ValueError also where weights, configuration and vocabulary do
-            not fit together.
+            not fit together, or there is no vocabulary.
     """
+    from fused_transformer.tokenizer import Tokenizer
+
     tensors, state = read_file(path)
     try:
-        config = TransformerConfig.from_dict(state.pop("config"))
         tokenizer = Tokenizer(tensors.pop("tokenizer").numpy().tobytes())
-        model = Transformer(config)
-        weights = {name: tensors.pop(name) for name in list(tensors) if name.startswith("model.")}
-        model.load_state_dict({name.removeprefix("model."): x for name, x in weights.items()})
-    except KeyError as error:
-        raise ValueError(f"{path} is not a whole checkpoint: it has no {error.args[0]!r}") from None
-    except (RuntimeError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} does not hold together: {error}") from None
-    if len(tokenizer) != config.source_vocab_size:
-        raise ValueError(
-            f"{path} does not hold together: its vocabulary has {len(tokenizer)} tokens, "
-            f"its model {config.source_vocab_size}"
+    except KeyError:
+        raise _not_whole(path, "tokenizer") from None
+    except ValueError as error:
+        raise _not_together(path, error) from None
+    model = _build(path, tensors, state)
+    if len(tokenizer) != model.config.source_vocab_size:
+        raise _not_together(
+            path, f"its vocabulary has {len(tokenizer)} tokens, its model {model.config.source_vocab_size}"
         )
     return model, tokenizer, state, tensors
+
+
+def _build(path: str | Path, tensors: dict[str, Tensor], state: State) -> Transformer:
+    """The model of a checkpoint's contents, which its weights and configuration are taken out of."""
+    names = [name for name in tensors if name.startswith("model.")]
+    # Tensors of a file share its memory; copied, they do not keep the others alive.
+    weights = {name.removeprefix("model."): tensors.pop(name).clone() for name in names}
+    try:
+        config = TransformerConfig.from_dict(state.pop("config"))
+        with torch.device("meta"):  # its initial weights would be drawn for nothing
+            model = Transformer(config)
+            add_parts_in(model, weights)
+        model.load_state_dict(weights, assign=True)
+    except KeyError as error:
+        raise _not_whole(path, error.args[0]) from None
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise _not_together(path, error) from None
+    return model
+
+
+def _not_whole(path: str | Path, name: str) -> ValueError:
+    return ValueError(f"{path} is not a whole checkpoint: it has no {name!r}")
+
+
+def _not_together(path: str | Path, why: object) -> ValueError:
+    return ValueError(f"{path} does not hold together: {why}")
 
 
 def find_checkpoint(path: str | Path) -> Path:
