@@ -25,7 +25,7 @@ class TransformerConfig:
         dropout: of each sublayer's output and of the embeddings, in training.
         attention_dropout, activation_dropout: of the attention weights and of the feed-forward activations; the paper
             has none, torch.nn and tensor2tensor's later settings use `dropout` for them too.
-        activation: "relu" (the paper) or "gelu".
+        activation: "relu" (the paper), "gelu" or "silu".
         norm_first: LayerNorm ahead of each sublayer instead of after it, and one more at the end of each stack.
         layer_norm_eps: added to the variance.
         positions: "interleaved" (the paper), "concat_t2t", "concat_paper" or None; see `TokenEmbedding`.

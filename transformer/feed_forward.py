@@ -7,9 +7,10 @@ from collections.abc import Callable
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fused_transformer.kernels.bias_act import ACTIVATIONS as FUSED
 from fused_transformer.kernels.bias_act import bias_act, has_kernel
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.gelu}
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu}
 
 
 class FeedForward(nn.Module):
@@ -19,7 +20,7 @@ class FeedForward(nn.Module):
         d_model: E, width of x and of the result.
         d_feedforward: F, width in between.
         dropout: probability, in training, of zeroing an activation. The paper has none here.
-        activation: "relu", as in the paper, or "gelu".
+        activation: "relu", as in the paper, "gelu", or "silu" (Marian's swish; torch's own function on every device).
         bias: whether there are b₁ and b₂.
 
     Shapes: (..., E) to (..., E).
@@ -56,7 +57,7 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         hidden = self.linear1(x)  # with its bias, which a matrix product adds for nothing
-        if has_kernel(hidden, self.activation):
+        if self.activation in FUSED and has_kernel(hidden, self.activation):
             dropout_p = self.dropout if self.training else 0.0
             hidden = bias_act(hidden, activation=self.activation, dropout_p=dropout_p)
         else:

@@ -81,7 +81,7 @@ def test_config_goes_through_json():
         ({"attention_dropout": -0.1}, "attention_dropout must be at least 0"),
         ({"layer_norm_eps": 0.0}, "layer_norm_eps must be positive"),
         ({"positions": "learned"}, "positions must be one of 'interleaved', 'concat_t2t', 'concat_paper', None"),
-        ({"activation": "tanh"}, "activation must be one of 'relu', 'gelu', got 'tanh'"),
+        ({"activation": "tanh"}, "activation must be one of 'relu', 'gelu', 'silu', got 'tanh'"),
         ({"tie_embeddings": "all"}, "tie_embeddings must be one of 'shared', 'target', 'separate', got 'all'"),
         ({"target_vocab_size": 30}, 'tie_embeddings="shared" needs one vocabulary'),
         ({"eos_idx": 1}, r"must be three tokens, got \[0, 1, 1\]"),

@@ -112,7 +112,9 @@ def test_another_eps(tmp_path):
     assert_scores_equal(model, tmp_path / "model")
 
 
-@pytest.mark.parametrize("options", [{}, {"norm_first": True, "activation": "gelu", "positions": "concat_t2t"}])
+@pytest.mark.parametrize(
+    "options", [{}, {"norm_first": True, "activation": "gelu", "positions": "concat_t2t"}, {"activation": "silu"}]
+)
 def test_translations_are_equal(tmp_path, options):
     model = without_padding(tiny(tie_embeddings="separate", **options))
     export.ctranslate2(model, tmp_path / "model")

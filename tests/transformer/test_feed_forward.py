@@ -30,7 +30,7 @@ def call(module):
     return function
 
 
-@pytest.mark.parametrize("activation", ["relu", "gelu"])
+@pytest.mark.parametrize("activation", ["relu", "gelu", "silu"])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_every_backend_gives_the_same_numbers(backend, activation):
     module, tensors = make(activation)

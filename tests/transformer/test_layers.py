@@ -271,12 +271,16 @@ def test_add_layer_norm_is_layer_norm_of_the_sum(bias):
     torch.testing.assert_close((y, total), (reference(x + residual), x + residual))
 
 
-@pytest.mark.parametrize("activation", ["relu", "gelu"])
+@pytest.mark.parametrize("activation", ["relu", "gelu", "silu"])
 def test_feed_forward_is_the_papers_formula(activation):
     module = FeedForward(E, WIDE, activation=activation).double()
     x = normal(B, L, E, dtype=torch.float64)
     hidden = x @ module.linear1.weight.T + module.linear1.bias
-    activations = {"relu": hidden.clamp(min=0), "gelu": hidden * 0.5 * (1 + torch.erf(hidden / math.sqrt(2)))}
+    activations = {
+        "relu": hidden.clamp(min=0),
+        "gelu": hidden * 0.5 * (1 + torch.erf(hidden / math.sqrt(2))),
+        "silu": hidden / (1 + torch.exp(-hidden)),
+    }
     torch.testing.assert_close(module(x), activations[activation] @ module.linear2.weight.T + module.linear2.bias)
 
 
@@ -373,7 +377,7 @@ def test_a_state_dict_being_loaded_is_left_as_it_was():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: FeedForward(E, WIDE, activation="tanh"), "activation must be one of relu, gelu, got 'tanh'"),
+        (lambda: FeedForward(E, WIDE, activation="tanh"), "activation must be one of relu, gelu, silu, got 'tanh'"),
         (lambda: TokenEmbedding(9, E, positions="learned"), "positions must be one of interleaved"),
     ],
 )
