@@ -23,7 +23,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from fused_transformer.config import TransformerConfig
-from fused_transformer.extra_parts import add_parts_in
+from fused_transformer.extra_parts import with_weights
 from fused_transformer.model import Transformer
 
 if TYPE_CHECKING:  # sentencepiece, which a model alone does not need
@@ -183,15 +183,11 @@ def _build(path: str | Path, tensors: dict[str, Tensor], state: State) -> Transf
     weights = {name.removeprefix("model."): tensors.pop(name).clone() for name in names}
     try:
         config = TransformerConfig.from_dict(state.pop("config"))
-        with torch.device("meta"):  # its initial weights would be drawn for nothing
-            model = Transformer(config)
-            add_parts_in(model, weights)
-        model.load_state_dict(weights, assign=True)
+        return with_weights(config, weights)
     except KeyError as error:
         raise _not_whole(path, error.args[0]) from None
     except (RuntimeError, TypeError, ValueError) as error:
         raise _not_together(path, error) from None
-    return model
 
 
 def _not_whole(path: str | Path, name: str) -> ValueError:

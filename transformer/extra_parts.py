@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fused_transformer.add_norm import AddLayerNorm
+from fused_transformer.config import TransformerConfig
 from fused_transformer.model import Transformer
 
 FINAL_NORMS = ("encoder", "decoder")  # the stacks that may end with a norm
@@ -52,3 +53,16 @@ def add_parts_in(model: Transformer, names: Iterable[str]) -> None:
             add_final_norm(model, stack)
     if "output_projection.bias" in names and model.output_projection is not None:
         add_logits_bias(model)
+
+
+def with_weights(config: TransformerConfig, weights: dict[str, Tensor]) -> Transformer:
+    """The model of a configuration with these weights, a whole state_dict, as its parameters: they are not copied.
+
+    Raises:
+        RuntimeError: a weight is missing, not the model's, or of another shape.
+    """
+    with torch.device("meta"):  # its initial weights would be drawn for nothing
+        model = Transformer(config)
+        add_parts_in(model, weights)
+    model.load_state_dict(weights, assign=True)
+    return model
