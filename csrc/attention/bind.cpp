@@ -11,6 +11,9 @@
 #include "../common/check.h"
 #include "attention.h"
 #include "scratch.h"
+#ifdef FT_WITH_SM90
+#include "attention_sm90.h"
+#endif
 
 namespace py = pybind11;
 
@@ -158,6 +161,25 @@ void register_on_cuda(py::module_& m) {
           py::gil_scoped_release nogil;
           cuda::attention_weights(args, reinterpret_cast<void*>(stream));
         });
+#ifdef FT_WITH_SM90
+  m.def("attention_why_not_sm90_cuda", [](const py::tuple& problem) -> py::object {
+    AttentionForward args;
+    fill(args, problem);
+    const char* why = cuda::why_not_sm90(args);
+    return why == nullptr ? py::object(py::none()) : py::str(why);
+  });
+  // tokens: of packed q and k, how many there are in all
+  m.def("attention_forward_sm90_cuda", [](const py::tuple& problem, const py::tuple& tokens, const py::tuple& out,
+                                          const py::tuple& lse, Address stream) {
+    AttentionForward args;
+    fill(args, problem);
+    args.out = rows(out);
+    args.lse = rows(lse);
+    const auto count = integers<2>(tokens);
+    py::gil_scoped_release nogil;
+    cuda::attention_forward_sm90(args, count[0], count[1], reinterpret_cast<void*>(stream));
+  });
+#endif
 }
 #endif
 

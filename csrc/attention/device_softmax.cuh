@@ -27,35 +27,43 @@ struct Softmax {
       }
   }
 
-  // scores become weights exp(score - maximum), and what the sum and `out` hold is scaled to the new maximum. unit:
-  // what scores are multiplied by to be logarithms of 2; never 0 or less.
+  // The scores of rows (r, half) become weights exp(score - maximum). Returns what the sums so far are to be multiplied
+  // by, as the maximum may have moved: `sum` has been. unit: what scores are multiplied by to be logarithms of 2; never
+  // 0 or less.
+  template <class T, int N>
+  FT_DEVICE float weigh(int r, int half, float (&scores)[R][N][4], float unit) {
+    float top = maximum[r][half];
+#pragma unroll
+    for (int n = 0; n < N; ++n)
+#pragma unroll
+      for (int e = 0; e < 2; ++e) top = fmaxf(top, scores[r][n][half * 2 + e]);
+    top = fmaxf(top, __shfl_xor_sync(kWholeWarp, top, 1));
+    top = fmaxf(top, __shfl_xor_sync(kWholeWarp, top, 2));
+    // While a row has seen masked keys alone its maximum is -inf: shift by 0, so that exp gives 0 and not NaN.
+    const float shift = top == -INFINITY ? 0.0f : top;
+    const float decay = exp2_fast((maximum[r][half] - shift) * unit);  // 1 where the maximum has not moved
+    maximum[r][half] = top;
+    float more = 0.0f;
+#pragma unroll
+    for (int n = 0; n < N; ++n)
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        float& score = scores[r][n][half * 2 + e];
+        score = exp_of_difference<T>(score, shift, unit);
+        more += score;
+      }
+    sum[r][half] = sum[r][half] * decay + more;
+    return decay;
+  }
+
+  // All rows: scores become weights, and what `out` holds is scaled to the new maximum.
   template <class T, int N, int M>
   FT_DEVICE void add(float (&scores)[R][N][4], float unit, float (&out)[R][M][4]) {
 #pragma unroll
     for (int r = 0; r < R; ++r)
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        float top = maximum[r][half];
-#pragma unroll
-        for (int n = 0; n < N; ++n)
-#pragma unroll
-          for (int e = 0; e < 2; ++e) top = fmaxf(top, scores[r][n][half * 2 + e]);
-        top = fmaxf(top, __shfl_xor_sync(kWholeWarp, top, 1));
-        top = fmaxf(top, __shfl_xor_sync(kWholeWarp, top, 2));
-        // While a row has seen masked keys alone its maximum is -inf: shift by 0, so that exp gives 0 and not NaN.
-        const float shift = top == -INFINITY ? 0.0f : top;
-        const float decay = exp2_fast((maximum[r][half] - shift) * unit);  // 1 where the maximum has not moved
-        maximum[r][half] = top;
-        float more = 0.0f;
-#pragma unroll
-        for (int n = 0; n < N; ++n)
-#pragma unroll
-          for (int e = 0; e < 2; ++e) {
-            float& score = scores[r][n][half * 2 + e];
-            score = exp_of_difference<T>(score, shift, unit);
-            more += score;
-          }
-        sum[r][half] = sum[r][half] * decay + more;
+        const float decay = weigh<T>(r, half, scores, unit);
 #pragma unroll
         for (int m = 0; m < M; ++m)
 #pragma unroll

@@ -12,7 +12,7 @@
 #include "../common/vote.cuh"
 #include "device_bias.cuh"
 #include "device_launch.cuh"
-#include "device_softmax.cuh"
+#include "device_output.cuh"
 
 namespace fused::cuda {
 namespace {
@@ -38,28 +38,6 @@ struct Task {
   KeyRange range, of_warp[kWarps];
   const void *keys, *values;  // the first of them
 };
-
-template <class T, int R, int N>
-FT_DEVICE void store_output(const AttentionForward& args, const Task& task, int row, const Tile<T, N * 8>& stage,
-                            int stage_row, Softmax<R>& softmax, float natural, const float (&out)[R][N][4]) {
-  const Sequence& s = task.s;
-  if (row >= s.L) return;
-  softmax.finish();
-  float factor[R][2];
-#pragma unroll
-  for (int r = 0; r < R; ++r)
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const float sum = softmax.sum[r][half];
-      factor[r][half] = sum == 0.0f ? 0.0f : args.dropout_scale / sum;
-      const int query = row + r * 16 + half * 8 + group();
-      if (query < s.L && pair() == 0)
-        *query_row<float>(args, args.lse, s, task.head, query) =
-            sum == 0.0f ? -INFINITY : softmax.maximum[r][half] * natural + logf(sum);
-    }
-  store_rows<R, N>(stage, stage_row, 0, out, factor, query_row<T>(args, args.out, s, task.head, row), args.out.row,
-                   s.L - row, int(args.D), args.vectors);
-}
 
 // grid (tiles of queries * B * H), block (kThreads): the last tiles first, which see most under a causal mask
 template <class T, int kCols, int R>
@@ -162,7 +140,7 @@ __global__ void __launch_bounds__(kThreads, Shape<T, kCols, R>::kBlocksAtOnce)
       }
     }
   }
-  store_output(args, task, row, q, warp * 16 * R, softmax, scaled ? 1.0f : args.scale, out);
+  store_output(args, s, task.head, row, q, warp * 16 * R, softmax, scaled ? 1.0f : args.scale, out);
 }
 
 template <class T, int kCols, int R>

@@ -2,10 +2,13 @@
 // wgmma of sm_90: asynchronous products of a warpgroup, 128 threads. b is read from shared memory, a from there or from
 // registers, and d (64 x kColumns, float32) is in registers:
 //
-//   wgmma_fence();                        // after d or a in registers were written by anything else, and at first
+//   wgmma_fence(d, a);                    // after d or a in registers were written by anything else, and at first
 //   wgmma<T, kColumns, kRowsAreK>(...);   // any number: d += a (64 x 16) b (16 x kColumns)
 //   wgmma_commit();                       // ends a group
-//   wgmma_wait<n>();                      // at most n groups are still running; d of the others may be read
+//   wgmma_wait<n>(d);                     // at most n groups are still running; d of the others may be read
+//
+// Fence and wait name the arrays of registers that they are about, for the compiler: it then moves nothing that writes
+// or reads them to the other side.
 //
 // Thread t of the warpgroup holds, with row = 16 * (t / 32) + t % 32 / 4 and pair = 2 * (t % 4),
 //
@@ -33,11 +36,37 @@ FT_DEVICE uint64_t wgmma_tile(const void* shared, int leading_bytes = 16) {
          kSwizzle128;
 }
 
-FT_DEVICE void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+// All that touches these registers stands before this in the program, or behind it.
+template <int kCount>
+FT_DEVICE void hold(float (&registers)[kCount]) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(registers[i])::"memory");
+}
+template <int kCount>
+FT_DEVICE void hold(uint32_t (&registers)[kCount]) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) asm volatile("" : "+r"(registers[i])::"memory");
+}
+template <int kRows, int kCount>
+FT_DEVICE void hold(uint32_t (&registers)[kRows][kCount]) {
+#pragma unroll
+  for (int row = 0; row < kRows; ++row) hold(registers[row]);
+}
+
+template <class... Registers>
+FT_DEVICE void wgmma_fence(Registers&... registers) {
+  (hold(registers), ...);
+  asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+}
 FT_DEVICE void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 template <int kGroupsLeft>
 FT_DEVICE void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kGroupsLeft) : "memory");
+}
+template <int kGroupsLeft, class Registers>
+FT_DEVICE void wgmma_wait(Registers& registers) {
+  wgmma_wait<kGroupsLeft>();
+  hold(registers);
 }
 
 // How many registers a thread of this warpgroup may use from here on: the ones give, the others take.
@@ -147,3 +176,10 @@ FT_DEVICE void wgmma(float (&d)[kColumns / 2], const uint32_t (&a)[4], uint64_t 
 
 }  // namespace fused::cuda
 #endif
+
+namespace fused::cuda {
+
+// The tile that begins `bytes` (a multiple of 16) further than `tile`, in the same shared memory.
+FT_DEVICE uint64_t wgmma_tile_after(uint64_t tile, int bytes) { return tile + uint64_t(bytes >> 4); }
+
+}  // namespace fused::cuda

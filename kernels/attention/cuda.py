@@ -1,4 +1,7 @@
-"""Attention in CUDA C++ on tensor cores (sm_80 and later), for tensors on a GPU; see csrc/attention/*.cu."""
+"""Attention in CUDA C++ on tensor cores (sm_80 and later), for tensors on a GPU; see csrc/attention/*.cu.
+
+The forward pass exists twice: cuda_sm90.py says when Hopper's own is taken.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fused_transformer.kernels import _cuda
-from fused_transformer.kernels.attention import native
+from fused_transformer.kernels.attention import cuda_sm90, native
 from fused_transformer.kernels.attention.mask import Mask
 
 _C = _cuda.library()
@@ -43,11 +46,16 @@ def forward(q, k, v, mask: Mask, scale, dropout_p, seed):
         out.zero_()
         lse.fill_(-torch.inf)
     if mask.k_length > 0:
-        keep_bits = _keep_bits(q, mask)
         problem = native.problem(q, k, v, mask, scale, dropout_p, seed)
+        into = native.rows(out), native.rows(lse[..., None])
         with _cuda.current(q):
-            launch = _cuda.on_current_stream(_C.attention_forward_cuda, q)
-            launch(problem, _device(q, keep_bits), native.rows(out), native.rows(lse[..., None]))
+            if cuda_sm90.why_not(q, problem) is None:
+                launch = _cuda.on_current_stream(_C.attention_forward_sm90_cuda, q)
+                launch(problem, (q.shape[0], k.shape[0]), *into)
+            else:
+                keep_bits = _keep_bits(q, mask)
+                launch = _cuda.on_current_stream(_C.attention_forward_cuda, q)
+                launch(problem, _device(q, keep_bits), *into)
     return out, lse
 
 

@@ -37,10 +37,17 @@ TensorMap tensor_map(const void* base, const int64_t (&sizes)[4], const int64_t 
 inline uint64_t wgmma_tile(const void* shared, int leading_bytes = 16) {
   return emu::describe_tile(shared, leading_bytes);
 }
-inline void wgmma_fence() { emu::fence_products(); }
+template <class... Registers>
+void wgmma_fence(Registers&...) {
+  emu::fence_products();
+}
 inline void wgmma_commit(EMU_HERE) { emu::commit_products(where); }
 template <int kGroupsLeft>
 void wgmma_wait(EMU_HERE) {
+  emu::wait_for_products(kGroupsLeft, where);
+}
+template <int kGroupsLeft, class Registers>
+void wgmma_wait(Registers&, EMU_HERE) {
   emu::wait_for_products(kGroupsLeft, where);
 }
 

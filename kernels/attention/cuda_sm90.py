@@ -1,0 +1,78 @@
+"""Which forward kernel attention's CUDA backend takes: that of csrc/attention/forward_sm90.cu, which is Hopper's alone
+(TMA and wgmma), or that of forward.cu, which every GPU since sm_80 runs.
+
+Hopper's has been run on no GPU yet, so nobody has measured where it is faster, and it is off until somebody has:
+FUSED_TRANSFORMER_SM90_ATTENTION=1 in the environment, read when attention first runs on CUDA, turns it on, and
+`switched` does for a block. Then it takes what csrc/attention/attention_sm90.h says on devices of compute capability
+9.0, and forward.cu the rest; the results of both are held to the same bound, and differ in the last bits. What a switch
+did shows: `python -m fused_transformer info`, and `why_not_of_call` for a single call.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from fused_transformer.kernels import _cuda
+from fused_transformer.kernels.attention import native
+from fused_transformer.kernels.attention.mask import Mask
+
+SWITCH = "FUSED_TRANSFORMER_SM90_ATTENTION"
+ON_BY_DEFAULT = False  # a measurement on a Hopper GPU may change this line: bench/bench_attention.py, "paths"
+ARCH = "sm_90a"
+
+_C = _cuda.library()
+
+
+def _read_switch() -> bool:
+    text = os.environ.get(SWITCH, "")
+    if text not in ("", "0", "1"):
+        raise ValueError(f"{SWITCH} must be 0 or 1, got {text!r}")
+    return text == "1" if text else ON_BY_DEFAULT
+
+
+_on = _read_switch()
+
+
+def is_on() -> bool:
+    """Whether Hopper's kernel may be taken."""
+    return _on
+
+
+@contextmanager
+def switched(on: bool) -> Iterator[None]:
+    """Inside the block the switch is on, or off, for all threads: for tests and benchmarks."""
+    global _on
+    before, _on = _on, on
+    try:
+        yield
+    finally:
+        _on = before
+
+
+def why_not_here(device: torch.device) -> str | None:
+    """None if Hopper's kernel may run on the device, else why it never does."""
+    if not _on:
+        return f"{SWITCH}=1 is not set, and no GPU has shown it to be faster"
+    if ARCH not in _C.cuda_archs.split(";"):
+        return f"this build has no CUDA kernels for {ARCH}"
+    major, minor = _cuda.capability(device)
+    if not _cuda.runs_on(ARCH, major, minor):
+        return f"{device} is of compute capability {major}.{minor}, and not 9.0"
+    return None
+
+
+def why_not(q: Tensor, problem: tuple) -> str | None:
+    """None if Hopper's kernel takes this call (`problem` as native.py makes it), else why forward.cu does."""
+    if not _on:  # ahead of all else: this is asked at every call
+        return why_not_here(q.device)
+    return why_not_here(q.device) or _C.attention_why_not_sm90_cuda(problem)
+
+
+def why_not_of_call(q, k, v, mask: Mask, scale, dropout_p, seed) -> str | None:
+    """`why_not` of what forward() is called with."""
+    return why_not(q, native.problem(q, k, v, mask, scale, dropout_p, seed))
