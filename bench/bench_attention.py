@@ -15,6 +15,7 @@ import torch
 from bench import shapes
 from bench.agreement import forward_backward
 from bench.baselines import compiled, keep_of_lengths, naive_attention, sdpa, sdpa_backends, sentence_lengths
+from bench.timing import Within
 from fused_transformer.kernels import attention
 
 MASKED = (shapes.BASE_64, shapes.BASE_128, shapes.BASE_512)
@@ -41,8 +42,10 @@ def race(
     torch_s: dict,
     grad: bool = False,
     compile: bool = False,
+    also: dict[str, Callable] | None = None,
 ) -> None:
-    """One row; `fused`, `naive` and `torch_s` are the mask in the words of each. `seen`: pairs, summed over batches."""
+    """One row; `fused`, `naive` and `torch_s` are the mask in the words of each. `seen`: pairs, summed over batches.
+    `also`: contexts, by label, in which ours is timed too."""
     wrap = forward_backward if grad else lambda function: function
     implementations = {"naive": wrap(partial(naive_attention, **naive))}
     if compile:
@@ -51,6 +54,8 @@ def race(
         torch_s = {**torch_s, "enable_gqa": True}
     for label, backend in sdpa_backends(device).items():
         implementations[label] = sdpa(backend, wrap, **torch_s)
+    for label, context in (also or {}).items():
+        implementations[label] = Within(context, wrap(partial(attention, **fused)))
     implementations["fused"] = wrap(partial(attention, **fused))
     flops = (14 if grad else 4) * shape.heads * shape.width * seen
     compare(implementations, tensors(shape, device, grad), flops=flops)
@@ -117,6 +122,22 @@ def bench_attention_bias(compare, shape, device):
     bias = torch.randn(1, shape.heads, shape.length, shape.keys, device=device)
     seen = shape.batch * shape.length * shape.keys
     race(compare, shape, device, seen=seen, fused={"bias": bias}, naive={"bias": bias}, torch_s={"attn_mask": bias})
+
+
+@pytest.mark.parametrize("mask", [unmasked, causal], ids=["unmasked", "causal"])
+@pytest.mark.parametrize("shape", shapes.LONG_BF16, ids=str)
+def bench_attention_on_hopper(compare, shape, device, mask):
+    """The CUDA backend's two forward kernels, of which "fused" is Hopper's own: what decides whether that is on unasked
+    (kernels/attention/cuda_sm90.py)."""
+    if device != "cuda":
+        pytest.skip("both kernels are for a GPU")
+    from fused_transformer.kernels.attention import cuda_sm90
+
+    with cuda_sm90.switched(True):
+        why = cuda_sm90.why_not_here(torch.device("cuda", torch.cuda.current_device()))
+        if why is not None:
+            pytest.skip(why)
+        mask(compare, shape, device, also={"fused mma.sync": partial(cuda_sm90.switched, False)})
 
 
 # ---------------------------------------------------------------- forward and backward

@@ -105,6 +105,12 @@ GPT2 = Attention("gpt2", 2, 12, 1024, 1024)
 T5 = Attention("t5-base", 8, 12, 256, 256)
 LLAMA_1B = Attention("llama-3.2-1b", 1, 32, 512, 512, heads_k=8)
 LLAMA_8B = Attention("llama-3-8b", 1, 32, 512, 512, width=128, heads_k=8)
+# Long enough to be about kernels alone. llama-3-70b: what one of eight GPUs has of it.
+LONG_BF16 = (
+    Attention("llama-3.2-1b", 4, 32, 2048, 2048, heads_k=8, dtype=torch.bfloat16),
+    Attention("llama-3-8b", 2, 32, 2048, 2048, width=128, heads_k=8, dtype=torch.bfloat16),
+    Attention("llama-3-70b", 1, 8, 8192, 8192, width=128, heads_k=1, dtype=torch.bfloat16),
+)
 
 EMBEDDING_BASE = Embedding("transformer-base", 32, 128, 512, 32000)
 EMBEDDING_BIG = Embedding("transformer-big", 16, 128, 1024, 32000)

@@ -33,6 +33,7 @@ def report() -> str:
         "cpu kernels": _cpu(),
         "cuda kernels": _cuda(),
         "cuda device": _device(),
+        "hopper attention": _hopper_attention(),
     }
     width = max(map(len, facts)) + 2
     lines = [f"{name:{width}}{value}" for name, value in facts.items()]
@@ -107,3 +108,15 @@ def _device() -> str:
         major, minor = torch.cuda.get_device_capability(index)
         names.append(f"{torch.cuda.get_device_name(index)} (sm_{major}{minor})")
     return ", ".join(names)
+
+
+def _hopper_attention() -> str:
+    """Whether the forward kernel that only Hopper runs is taken, on the current device."""
+    try:
+        from fused_transformer.kernels.attention import cuda_sm90
+    except ImportError as error:
+        return f"no: {error}"
+    if not torch.cuda.is_available():
+        return "no: there is no CUDA device here"
+    why = cuda_sm90.why_not_here(torch.device("cuda", torch.cuda.current_device()))
+    return "yes: forward, where its kernel takes the call" if why is None else f"no: {why}"

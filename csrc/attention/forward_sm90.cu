@@ -1,98 +1,29 @@
 // Attention forward on Hopper (sm_90a): TMA brings the tiles, wgmma multiplies them, and the softmax of one tile runs
 // beside the products of others (after FlashAttention-3, Shah et al. 2024). attention_sm90.h says what it takes.
 //
-// A block takes 128 queries of one head, tiles of 128 keys, and three groups of four warps:
+// A block takes 128 queries of one head and tiles of 128 keys, and has three groups of four warps:
 //
-//   the producer    one thread of it asks TMA for the tiles, two stages of keys and of values ahead; its registers go
-//   to two consumers   64 queries each: scores = Q K^T, softmax, out += P V, with P in registers
+//   a producer      one thread of it asks TMA for tiles, up to two of keys and two of values ahead
+//   two consumers   64 queries each, and most of the registers: scores = Q K^T, softmax, out += P V
 //
 // A tile's Q K^T is issued together with the P V of the tile before, and its softmax runs while that P V still does.
 // Consumers take turns at issuing products, so that one's softmax falls under the other's products. Each tile in shared
-// memory has two mbarriers: `full`, which TMA completes, and `empty`, where each consumer warp says that it has read
-// it.
+// memory has two mbarriers: `full`, which TMA completes, and `empty`, at which each consumer warp says that it has read
+// the tile.
 //
 // Memory moved and bounds are those of forward.cu: tensor cores, and the exponentials at D = 64.
 
-#include "../common/barrier.cuh"
-#include "../common/tma.cuh"
-#include "../common/wgmma.cuh"
 #include "attention_sm90.h"
 #include "device_launch.cuh"
 #include "device_output.cuh"
+#include "device_sm90_values.cuh"
 
 namespace fused::cuda {
 namespace {
 
-constexpr int kConsumers = 2, kGroupThreads = 128, kConsumerThreads = kConsumers * kGroupThreads;
-constexpr int kThreads = kGroupThreads + kConsumerThreads;
-constexpr int kConsumerWarps = kConsumerThreads / kWarp;
-constexpr int kGroupQueries = 64, kQueries = kConsumers * kGroupQueries, kKeys = 128, kStages = 2;
-constexpr int kBoxCols = 64;                                      // what a box of TMA is wide
-constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;  // 3 * 168, what 384 threads get, shared out anew
+using namespace sm90;
+
 constexpr int N = kKeys / 8;
-
-enum Barrier { kTurn = 1, kChecked = kTurn + kConsumers, kGroupDone };  // named ones; two of kTurn and of kGroupDone
-
-// What all threads of a block know.
-struct Task {
-  Sequence s;
-  int head, first, begin, tiles;  // query; key; tiles of keys
-  KeyRange range, of_group[kConsumers];
-};
-
-// Rows lie in boxes of 64 columns, one box after another.
-template <class T, int D>
-struct Shared {
-  T q[kConsumers][kGroupQueries * D];
-  T k[kStages][kKeys * D], v[kStages][kKeys * D];
-  uint64_t q_full, k_full[kStages], k_empty[kStages], v_full[kStages], v_empty[kStages];
-  Task task;
-  uint32_t bad[2][kConsumerWarps];
-};
-
-// The tile after next uses the stage again; its mbarriers are then in a phase of the other parity.
-FT_DEVICE int stage_of(int tile) { return tile % kStages; }
-FT_DEVICE int parity_of(int tile) { return tile / kStages % 2; }
-
-// ---------------------------------------------------------------- the producer
-
-// Starts to copy kRows rows of one head.
-template <int kRows, int D, class T>
-FT_DEVICE void load_rows(T* to, const TensorMap& map, uint64_t* full, int row, int head, int batch) {
-  mbarrier_arrive_expect(full, kRows * D * int(sizeof(T)));
-#pragma unroll
-  for (int col = 0; col < D; col += kBoxCols) tma_load(to + col * kRows, map, full, col, row, head, batch);
-}
-
-template <class T, int D>
-FT_DEVICE void produce(const Attention& args, const TensorMap& q_map, const TensorMap& k_map, const TensorMap& v_map,
-                       Shared<T, D>& shared) {
-  const Task& task = shared.task;
-  const int batch = args.q_offsets == nullptr ? task.s.b : 0, head = key_head(args, task.head);
-  const int query = int(task.s.q0) + task.first, key = int(task.s.k0) + task.begin;
-  mbarrier_arrive_expect(&shared.q_full, int(sizeof shared.q));
-#pragma unroll
-  for (int consumer = 0; consumer < kConsumers; ++consumer)
-#pragma unroll
-    for (int col = 0; col < D; col += kBoxCols)
-      tma_load(shared.q[consumer] + col * kGroupQueries, q_map, &shared.q_full, col, query + consumer * kGroupQueries,
-               task.head, batch);
-  // in the order in which they are needed: the next keys before these values
-  for (int tile = 0; tile <= task.tiles; ++tile) {
-    if (tile < task.tiles) {
-      const int stage = stage_of(tile);
-      mbarrier_wait(&shared.k_empty[stage], parity_of(tile) ^ 1);
-      load_rows<kKeys, D>(shared.k[stage], k_map, &shared.k_full[stage], key + tile * kKeys, head, batch);
-    }
-    if (tile > 0) {
-      const int stage = stage_of(tile - 1);
-      mbarrier_wait(&shared.v_empty[stage], parity_of(tile - 1) ^ 1);
-      load_rows<kKeys, D>(shared.v[stage], v_map, &shared.v_full[stage], key + (tile - 1) * kKeys, head, batch);
-    }
-  }
-}
-
-// ---------------------------------------------------------------- the consumers
 
 // As the products see a thread's registers, and as softmax and masks do.
 template <int kCount>
@@ -137,57 +68,6 @@ FT_DEVICE void mask_scores(const Sequence& s, int row, int key, float (&scores)[
 #pragma unroll
       for (int e = 0; e < 2; ++e)
         if (n * 8 + e < low || n * 8 + e >= high) scores[0][n][half * 2 + e] = -INFINITY;
-  }
-}
-
-// Calls f(chunk) for this consumer thread's share of a tile of values, 16 bytes each.
-template <int D, class T, class F>
-FT_DEVICE void for_own_chunks(T* v, F&& f) {
-  constexpr int kChunk = kVectorBytes / int(sizeof(T));
-#pragma unroll 1
-  for (int i = int(threadIdx.x) - kGroupThreads; i < kKeys * D / kChunk; i += kConsumerThreads) f(v + i * kChunk);
-}
-
-// Of a tile that not all queries see whole, NaN and infinite values must not be multiplied by the weight 0: they become
-// 0, and true says that there were any. Called by all consumers together.
-template <class T, int D>
-FT_DEVICE bool clean_values(Shared<T, D>& shared, int tile) {
-  T* v = shared.v[stage_of(tile)];
-  bool finite = true;
-  for_own_chunks<D>(v, [&](T* chunk) { finite &= is_finite<T>(*reinterpret_cast<const uint4*>(chunk)); });
-  uint32_t* bad = shared.bad[tile % 2];  // two, as some warps may be a tile ahead of those that still read
-  const bool any = __any_sync(kWholeWarp, !finite);
-  if (lane_id() == 0) bad[(int(threadIdx.x) - kGroupThreads) / kWarp] = any;
-  barrier_sync(kChecked, kConsumerThreads);
-  uint32_t all = 0;
-#pragma unroll
-  for (int warp = 0; warp < kConsumerWarps; ++warp) all |= bad[warp];
-  if (all == 0) return false;
-  for_own_chunks<D>(v, [](T* chunk) {
-    if (is_finite<T>(*reinterpret_cast<const uint4*>(chunk))) return;
-#pragma unroll 1
-    for (int i = 0; i < kVectorBytes / int(sizeof(T)); ++i)
-      if (!(fabsf(to_float(chunk[i])) < INFINITY)) from_float(0.0f, chunk[i]);
-  });
-  async_proxy_fence();  // wgmma reads what was stored
-  barrier_sync(kChecked, kConsumerThreads);
-  return true;
-}
-
-// Adds what clean_values took away to the queries that see it.
-template <int D, class T>
-FT_DEVICE void add_cleaned_values(const AttentionForward& args, const Task& task, int row, int key,
-                                  float (&out)[1][D / 8][4]) {
-  const Sequence& s = task.s;
-  const T* values = key_row<T>(args, args.v, s, key_head(args, task.head), 0);
-#pragma unroll 1
-  for (int end = key + kKeys; key < end; key += kWordKeys) {
-    const Source<T> from{values + key * args.v.row, args.v.row, s.S - key, D, false};
-    const auto masks = [&](int i, int j) {
-      const KeyRange seen = visible_keys(s, row + i, 1);
-      return key + j < seen.low || key + j >= seen.high;
-    };
-    add_nonfinite_values(Seen(), from, kWordKeys, masks, out);
   }
 }
 
@@ -362,10 +242,10 @@ const char* why_not_sm90(const Attention& args) {
 void attention_forward_sm90(const AttentionForward& given, int64_t q_tokens, int64_t k_tokens, void* stream) {
   if (given.B == 0 || given.H == 0 || given.L == 0 || given.S == 0) return;
   check(given);
-  constexpr int64_t kMostTokens = int64_t(1) << 31;  // TMA counts in 32 bits
+  constexpr int64_t kMostTokens = int64_t(1) << 30;  // TMA counts in 32 bits
   const char* why = why_not_sm90(given);
   FT_REQUIRE(why == nullptr, why);
-  FT_REQUIRE(q_tokens < kMostTokens && k_tokens < kMostTokens, "packed batches must be shorter than 2^31 tokens");
+  FT_REQUIRE(q_tokens < kMostTokens && k_tokens < kMostTokens, "packed batches must be shorter than 2^30 tokens");
   AttentionForward args = given;
   args.vectors = is_aligned(args, args.out, args.H);
   const auto with_dtype = [&](auto type) {

@@ -22,7 +22,7 @@ from fused_transformer.kernels.attention import native
 from fused_transformer.kernels.attention.mask import Mask
 
 SWITCH = "FUSED_TRANSFORMER_SM90_ATTENTION"
-ON_BY_DEFAULT = False  # a measurement on a Hopper GPU may change this line: bench/bench_attention.py, "paths"
+ON_BY_DEFAULT = False  # what bench_attention_on_hopper (bench/bench_attention.py) measures may change this line
 ARCH = "sm_90a"
 
 _C = _cuda.library()

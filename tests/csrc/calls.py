@@ -26,6 +26,7 @@ from fused_transformer.kernels import (
     log_softmax_top_k,
     rms_norm,
 )
+from tests.csrc.calls_sm90 import attention_sm90_calls
 from tests.inputs import as_offset, as_strided, normal
 
 Call = tuple[Callable, dict[str, Tensor], dict[str, Any]]
@@ -204,6 +205,7 @@ CALLS: dict[str, Callable[[], Iterator[tuple[str, Call]]]] = {
     "decode_attention": decode_attention_calls,
     "embedding": embedding_calls,
     "attention": attention_calls,
+    "attention_sm90": attention_sm90_calls,
     "layer_norm": layer_norm_calls,
     "log_softmax_top_k": log_softmax_top_k_calls,
 }

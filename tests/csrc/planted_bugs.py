@@ -10,6 +10,7 @@ from __future__ import annotations
 from tests.csrc.bug import Bug
 from tests.csrc.planted_attention_bugs import ATTENTION_BUGS
 from tests.csrc.planted_row_bugs import ROW_BUGS
+from tests.csrc.planted_sm90_bugs import SM90_BUGS
 
 
 def layer_norm(name: str, file: str, right: str, wrong: str) -> Bug:
@@ -226,4 +227,5 @@ BUGS: tuple[Bug, ...] = (
     ),
     *ROW_BUGS,
     *ATTENTION_BUGS,
+    *SM90_BUGS,
 )

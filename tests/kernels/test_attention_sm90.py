@@ -11,7 +11,7 @@ import torch
 from fused_transformer.kernels import _cuda, attention, attention_with_lse
 from fused_transformer.kernels.attention.mask import make_mask
 from tests import emulated
-from tests.inputs import Case, as_expanded, as_offset, case_id, normal, running_on
+from tests.inputs import Case, as_expanded, as_offset, case_id, dtype_id, normal, running_on
 from tests.kernels.test_attention import MASKS, SHAPES, build
 from tests.oracle import assert_backend_matches, assert_equal, run_with_gradients
 
@@ -288,3 +288,49 @@ def test_the_switch_is_read_from_the_environment(text, expected, monkeypatch):
             cuda_sm90._read_switch()
     else:
         assert cuda_sm90._read_switch() is expected
+
+
+# ---------------------------------------------------------------- what only a GPU can show
+
+LONG = (
+    Case("full", q=(1, 2, 2048, 128), k=(1, 1, 2048, 128)),
+    Case("causal", q=(1, 2, 3000, 128), k=(1, 1, 3000, 128), causal="bottom_right"),
+    Case("full_narrow", q=(1, 2, 2048, 64), k=(1, 2, 2048, 64)),
+    Case("window_narrow", q=(1, 2, 2500, 64), k=(1, 2, 3100, 64), window=(700, 300), causal="bottom_right"),
+)
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("dtype", [BF16, F16], ids=dtype_id)
+@pytest.mark.parametrize("case", LONG, ids=case_id)
+def test_both_kernels_are_right_at_the_lengths_of_models(case, dtype):
+    tensors = {name: normal(*case["q" if name == "q" else "k"], dtype=dtype, device="cuda") for name in "qkv"}
+    options = {name: case[name] for name in ("causal", "window") if name in case}
+    got = {}
+    for on in (True, False):
+        with cuda_sm90.switched(on):
+            why = cuda_sm90.why_not_here(torch.device("cuda", torch.cuda.current_device()))
+            if on and why is not None:
+                pytest.skip(why)
+            got[on] = assert_backend_matches(attention_with_lse, "cuda", tensors, **options)
+    torch.testing.assert_close(got[True]["out1"], got[False]["out1"], atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_another_stream_and_memory_that_was_used_before():
+    tensors = qkv(B=4, H=8, L=500, S=700, D=128, device="cuda")
+    with cuda_sm90.switched(True), running_on("cuda"):
+        why = cuda_sm90.why_not_here(torch.device("cuda", torch.cuda.current_device()))
+        if why is not None:
+            pytest.skip(why)
+        first = attention_with_lse(**tensors, causal="bottom_right")
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            runs = [attention_with_lse(**tensors, causal="bottom_right") for _ in range(20)]
+        torch.cuda.synchronize()
+    for run in runs:
+        assert_equal(run, first)

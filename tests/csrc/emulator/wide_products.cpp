@@ -19,11 +19,11 @@ constexpr int kRows = 64, kDepth = 16, kMostColumns = 256;
 constexpr uint64_t kSwizzle128 = uint64_t(1) << 62;  // bits 62 and 63 of a descriptor
 constexpr int kGroupBytes = 1024;                    // between eight rows of 128 bytes and the next eight
 
-// A product as the whole warpgroup gave it.
+// A product as the whole warpgroup gave it. Registers are read and written when it is done, which may be late.
 struct Issued {
   Product common;
   float* d[kWarpgroup];
-  uint32_t a[kWarpgroup][4];
+  const uint32_t* a[kWarpgroup];
 };
 
 struct Warpgroup {
@@ -118,7 +118,7 @@ void issue_product(const Product& product, const Where& where) {
   group.given = (group.given + 1) % kWarpgroup;
   Issued& issued = group.products.back();
   issued.d[rank()] = product.d;
-  for (int i = 0; i < 4 && product.a; ++i) issued.a[rank()][i] = product.a[i];
+  issued.a[rank()] = product.a;
   if (block.lazy && !product.accumulate)
     for (int i = 0; i < product.columns / 2; ++i) product.d[i] = NAN;  // who reads it before the wait gets that
   publish(group.issued);
