@@ -4,11 +4,13 @@ As of Triton 3.7 it converts float32 to bfloat16 by truncation (hardware rounds 
 patterns of bfloat16 tiles in tl.dot, and warns of every overflow that IEEE arithmetic allows. With the repairs bfloat16
 is rounded as the GPU does, and dot multiplies values and sums in float32. It also makes triton.language its own anew at
 every call of one jit function by another (tl.sum is one), which took two thirds of the time; now it does so once a
-launch. `repair()` is called once, before any kernel.
+launch. Sums by exclusive or, of which tl.sort and tl.topk are made, went element by element through Python; now they
+are numpy's. `repair()` is called once, before any kernel.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from functools import cache, wraps
 
@@ -45,10 +47,11 @@ def _languages(function: Callable) -> frozenset:
 
 
 def repair() -> None:
-    plain_cast, plain_fp_to_fp, plain_launch = (
+    plain_cast, plain_fp_to_fp, plain_launch, plain_reduce = (
         Builder.cast_impl,
         Builder.create_fp_to_fp,
         interpreter.GridExecutor.__call__,
+        interpreter.ReduceOps.apply_impl,
     )
 
     def cast(self, source, target_type):
@@ -71,12 +74,19 @@ def repair() -> None:
         product = np.matmul(_values(a).astype(d.data.dtype), _values(b).astype(d.data.dtype))
         return Handle(product + d.data, d.dtype.scalar)
 
+    def reduce(self, some):
+        if self.combine_fn is not tl.standard._xor_combine:
+            return plain_reduce(self, some)
+        (x,) = some
+        return self.to_tensor(np.bitwise_xor.reduce(x.handle.data, axis=self.axis, keepdims=self.keep_dims), x.dtype)
+
     ready: set = set()  # the modules of Triton's language that this launch has made the interpreter's
 
     @wraps(plain_launch)
     def launch(self, *args, **kwargs):
         ready.clear()
-        with np.errstate(all="ignore"):
+        with np.errstate(all="ignore"), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "All-NaN (slice|axis) encountered")  # tl.max of nothing but NaN
             return plain_launch(self, *args, **kwargs)
 
     def call(self, *args, **kwargs):
@@ -86,6 +96,7 @@ def repair() -> None:
         return self.rewrite()(*args, **kwargs)
 
     Builder.cast_impl, Builder.create_fp_to_fp, Builder.create_dot = cast, fp_to_fp, dot
+    interpreter.ReduceOps.apply_impl = reduce
     for name in ("si_to_fp", "ui_to_fp", "fp_to_si", "fp_to_ui", "fp_ext", "fp_trunc"):
         setattr(Builder, f"create_{name}", cast)
     interpreter.GridExecutor.__call__, interpreter.InterpretedFunction.__call__ = launch, call

@@ -150,11 +150,11 @@ def builds(op: str, job: str, arch: int) -> list[Build]:
     return list(found)
 
 
-def all_builds(chosen_ops: list[str], archs: list[int]) -> list[Build]:
-    """Every job of the ops for every architecture, on all cores."""
+def all_builds(chosen_ops: list[str], archs: list[int], workers: int | None = None) -> list[Build]:
+    """Every job of the ops for every architecture, on all cores or as many."""
     wanted = [(op, job, arch) for op in chosen_ops for job in jobs(op) for arch in archs]
     # spawned, not forked: torch's threads do not survive a fork
-    with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
+    with ProcessPoolExecutor(workers or os.cpu_count(), mp_context=get_context("spawn")) as pool:
         results = pool.map(builds, *zip(*wanted, strict=True))
         return sorted((b for some in results for b in some), key=lambda b: (*b.key, b.warps, b.stages, b.shared))
 
@@ -189,6 +189,7 @@ def main() -> None:
     parser.add_argument("--op", action="append", choices=ops(), help="this op alone (may be repeated)")
     parser.add_argument("--arch", action="append", type=int, choices=ARCHS, help="this architecture alone")
     parser.add_argument("--vary", action="store_true", help="print how much each of 20 calls of other sizes compiles")
+    parser.add_argument("--workers", type=int, help="compile on this many cores, not on all")
     parser.add_argument("--json", action="store_true", help="print JSON in place of a table")
     parser.add_argument(
         "--write", action="store_true", help=f"write {RECORD.relative_to(ROOT)}, for all that was not left out"
@@ -197,7 +198,7 @@ def main() -> None:
     if options.vary:
         print(json.dumps([compiles_of_other_sizes(op) for op in options.op or ops()]))  # noqa: T201
         return
-    rows = all_builds(options.op or ops(), options.arch or list(ARCHS))
+    rows = all_builds(options.op or ops(), options.arch or list(ARCHS), options.workers)
     if options.write:
         write_record(triton.__version__, rows, options.op or ops(), options.arch or list(ARCHS))
     if options.json:

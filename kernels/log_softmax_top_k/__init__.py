@@ -9,7 +9,7 @@ from fused_transformer.kernels._dispatch import Op
 from fused_transformer.kernels.log_softmax_top_k import compiled
 from fused_transformer.kernels.log_softmax_top_k.checks import check_no_gradient, checked
 
-op = Op(__name__, order=("cuda", "cpu", "reference"))
+op = Op(__name__, order=("cuda", "triton", "cpu", "reference"))
 
 
 def log_softmax_top_k(logits: Tensor, k: int, *, beams: int = 1, addend: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -229,3 +229,18 @@ def test_functions_called_by_kernels_run_in_the_interpreter_launch_after_launch(
         nested_kernel[(1,)](x, out, BLOCK=64)
         torch.testing.assert_close(out[0], 2 * x.sum())
         assert tl.load is plain, "outside a launch Triton's language is its own again"
+
+
+@triton.jit
+def topk_kernel(x_ptr, out_ptr, N: tl.constexpr, K: tl.constexpr):
+    tl.store(out_ptr + tl.arange(0, K), tl.topk(tl.load(x_ptr + tl.arange(0, N)), K))
+
+
+@interpreted
+@pytest.mark.parametrize("kept", [2, 16, 64])
+def test_the_interpreter_finds_the_greatest_64_bit_integers(kept):
+    x = torch.randint(-(2**62), 2**62, (64,))
+    x[3] = x[5]
+    out = torch.empty(kept, dtype=torch.int64)
+    topk_kernel[(1,)](x, out, N=64, K=kept)
+    assert torch.equal(out, x.topk(kept).values)
