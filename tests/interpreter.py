@@ -47,11 +47,12 @@ def _languages(function: Callable) -> frozenset:
 
 
 def repair() -> None:
-    plain_cast, plain_fp_to_fp, plain_launch, plain_reduce = (
+    plain_cast, plain_fp_to_fp, plain_launch, plain_reduce, plain_patch = (
         Builder.cast_impl,
         Builder.create_fp_to_fp,
         interpreter.GridExecutor.__call__,
         interpreter.ReduceOps.apply_impl,
+        interpreter._patch_lang_tensor,
     )
 
     def cast(self, source, target_type):
@@ -80,6 +81,11 @@ def repair() -> None:
         (x,) = some
         return self.to_tensor(np.bitwise_xor.reduce(x.handle.data, axis=self.axis, keepdims=self.keep_dims), x.dtype)
 
+    def patch_tensor(tensor, *scope):
+        plain_patch(tensor, *scope)
+        # Triton 3.6 calls int of an array of one element, which NumPy takes for scalars alone by now.
+        tensor.__index__ = lambda self: int(self.handle.data.item())
+
     ready: set = set()  # the modules of Triton's language that this launch has made the interpreter's
 
     @wraps(plain_launch)
@@ -96,7 +102,7 @@ def repair() -> None:
         return self.rewrite()(*args, **kwargs)
 
     Builder.cast_impl, Builder.create_fp_to_fp, Builder.create_dot = cast, fp_to_fp, dot
-    interpreter.ReduceOps.apply_impl = reduce
+    interpreter.ReduceOps.apply_impl, interpreter._patch_lang_tensor = reduce, patch_tensor
     for name in ("si_to_fp", "ui_to_fp", "fp_to_si", "fp_to_ui", "fp_ext", "fp_trunc"):
         setattr(Builder, f"create_{name}", cast)
     interpreter.GridExecutor.__call__, interpreter.InterpretedFunction.__call__ = launch, call
