@@ -3,6 +3,8 @@
 Which files, and how often each:
 
     *.simd.cpp    once per instruction set, with FT_ISA its name (csrc/common/isa.h chooses at run time)
+    *.dots.cpp    with AVX-512 and its dot products, *.tiles.cpp with AMX, on x86-64 where the compiler knows them;
+                  FT_WITH_DOTS and FT_WITH_TILES tell the others that they are there (csrc/common/extensions.h)
     bind*.cpp     once; these alone see the headers of Python, pybind11 and CUDA, and FUSED_WITH_CUDA where it is built
     *.cpp         once
     *.cu          by nvcc, for every architecture asked for; beside the object a .log of what ptxas said of each kernel
@@ -40,6 +42,10 @@ CSRC = ROOT / "csrc"
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
 INSTRUCTION_SETS = {"baseline": [], "avx2": AVX2, "avx512": AVX512}
+EXTENSIONS = {
+    "dots": [*AVX512, "-mavx512bf16", "-mavx512vnni"],
+    "tiles": [*AVX512, "-mamx-tile", "-mamx-bf16", "-mamx-int8"],
+}
 
 WARNINGS = ["-Wall", "-Wextra"]
 HOST_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", *WARNINGS]
@@ -163,13 +169,19 @@ class BuildNative(build_ext):
         instruction_sets = INSTRUCTION_SETS if x86 else {"baseline": []}
         self.instruction_sets = list(instruction_sets)
         user = shlex.split(os.environ.get("CXXFLAGS", ""))
-        flags = [*HOST_FLAGS, *CPU_FLAGS, *user]
+        extensions = {name: on for name, on in EXTENSIONS.items() if x86 and self._knows(on)}
+        flags = [*HOST_FLAGS, *CPU_FLAGS, *(f"-DFT_WITH_{name.upper()}" for name in extensions), *user]
         cuda = [f'-DFT_CUDA_ARCHS="{";".join(self.archs)}"', "-DFUSED_WITH_CUDA"] if self.toolkit else []
         cuda += ["-DFT_WITH_SM90"] if "sm_90a" in self.archs else []
         for source in sorted(CSRC.rglob("*.cpp")):
             if source.name.endswith(".simd.cpp"):
                 for name, isa_flags in instruction_sets.items():
                     yield self._cpu_job(source, name, [*flags, f"-DFT_ISA={name}", *isa_flags])
+            elif source.name.endswith(tuple(f".{name}.cpp" for name in EXTENSIONS)):
+                name = source.name.split(".")[-2]
+                if name in extensions:
+                    label = f"avx512_{name}"
+                    yield self._cpu_job(source, label, [*flags, f"-DFT_ISA={label}", *extensions[name]])
             elif source.name.startswith("bind"):
                 # Their folders may be those of a build environment that is gone tomorrow: versions stand for them.
                 versions = [f"pybind11 {pybind11.__version__}", f"Python {sys.version} {sysconfig.get_platform()}"]
@@ -180,6 +192,11 @@ class BuildNative(build_ext):
                 yield self._cpu_job(source, "", [*flags, *cuda], versions, folders)
             else:
                 yield self._cpu_job(source, "", flags)
+
+    def _knows(self, flags: list[str]) -> bool:
+        """Whether the compiler takes these flags."""
+        command = [*self.compiler_command, *flags, "-fsyntax-only", "-x", "c++", os.devnull]
+        return subprocess.run(command, capture_output=True, check=False).returncode == 0
 
     def _cpu_job(self, source: Path, label: str, flags: list[str], versions=(), folders=()) -> Job:
         paths = [f"-I{CSRC}", *(f"-isystem{folder}" for folder in folders)]

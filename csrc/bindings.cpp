@@ -15,6 +15,7 @@ void register_cross_entropy(py::module_& m);
 void register_decode_attention(py::module_& m);
 void register_embedding(py::module_& m);
 void register_layer_norm(py::module_& m);
+void register_linear(py::module_& m);
 void register_log_softmax_top_k(py::module_& m);
 }  // namespace fused
 
@@ -33,5 +34,6 @@ PYBIND11_MODULE(_C, m) {
   fused::register_decode_attention(m);
   fused::register_embedding(m);
   fused::register_layer_norm(m);
+  fused::register_linear(m);
   fused::register_log_softmax_top_k(m);
 }

@@ -183,16 +183,20 @@ def test_a_missing_compiler_says_what_to_install():
 
 
 def test_each_source_is_compiled_for_what_its_name_says(csrc, toolkit, monkeypatch):
-    for name in ("op.cu", "fast_sm90.cu", "op.simd.cpp", "bind.cpp"):
+    for name in ("op.cu", "fast_sm90.cu", "op.simd.cpp", "bind.cpp", "op.dots.cpp", "op.tiles.cpp"):
         (csrc / "op" / name).touch()
     build = native.BuildNative(setuptools.Distribution())
     build.compiler_command, build.compiler_version = ["g++"], "some version"
     build.toolkit, build.archs = toolkit, ["sm_80", "sm_90a", "compute_80"]
     monkeypatch.setattr(build, "_machine", lambda: "x86_64")
+    monkeypatch.setattr(build, "_knows", lambda flags: "-mamx-tile" not in flags)  # a compiler of some years ago
     jobs = {(job.source.name, job.label): " ".join(job.command) for job in [*build._cpu_jobs(), *build._cuda_jobs()]}
     isas = ("baseline", "avx2", "avx512")
     once = [("op.cpp", ""), ("other.cpp", ""), ("bind.cpp", ""), ("op.cu", ""), ("fast_sm90.cu", "")]
-    assert jobs.keys() == {*once, *(("op.simd.cpp", isa) for isa in isas)}
+    dots = ("op.dots.cpp", "avx512_dots")
+    assert jobs.keys() == {*once, dots, *(("op.simd.cpp", isa) for isa in isas)}
+    assert "-mavx512bf16" in jobs[dots] and "-DFT_ISA=avx512_dots" in jobs[dots]
+    assert "-DFT_WITH_DOTS" in jobs["op.cpp", ""] and "-DFT_WITH_TILES" not in jobs["op.cpp", ""]
     for isa in isas:
         assert f"-DFT_ISA={isa}" in jobs["op.simd.cpp", isa]
         assert ("-mavx" in jobs["op.simd.cpp", isa]) == (isa != "baseline")
@@ -205,9 +209,10 @@ def test_each_source_is_compiled_for_what_its_name_says(csrc, toolkit, monkeypat
 
 
 def test_other_processors_get_one_version_of_each_kernel(csrc, monkeypatch):
-    (csrc / "op" / "op.simd.cpp").touch()
+    for name in ("op.simd.cpp", "op.dots.cpp", "op.tiles.cpp"):
+        (csrc / "op" / name).touch()
     build = native.BuildNative(setuptools.Distribution())
     build.compiler_command, build.compiler_version, build.toolkit, build.archs = ["g++"], "some version", None, []
     monkeypatch.setattr(build, "_machine", lambda: "aarch64")
-    labels = [job.label for job in build._cpu_jobs() if job.source.name == "op.simd.cpp"]
+    labels = [job.label for job in build._cpu_jobs() if job.source.name.startswith("op.") and job.label]
     assert labels == ["baseline"]

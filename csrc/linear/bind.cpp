@@ -1,0 +1,65 @@
+// Python's door to linear: packed weights are an object, all else addresses, sizes and strides.
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <array>
+
+#include "../common/bind.h"
+#include "linear.h"
+
+namespace py = pybind11;
+
+namespace fused {
+namespace {
+
+using cpu::Linear;
+using cpu::PackedWeight;
+using Rows = std::array<int64_t, 2>;  // address and stride
+
+Linear arguments(const PackedWeight& weight, int64_t M, const Rows& x, uintptr_t bias, const Rows& residual,
+                 const Rows& y, int activation, int multiplier, uintptr_t scratch) {
+  Linear args;
+  args.weight = &weight;
+  args.M = M;
+  args.x = at(uintptr_t(x[0])), args.x_stride = x[1];
+  args.bias = at(bias);
+  args.residual = at(uintptr_t(residual[0])), args.residual_stride = residual[1];
+  args.y = at(uintptr_t(y[0])), args.y_stride = y[1];
+  args.activation = static_cast<Activation>(activation);
+  args.multiplier = static_cast<Multiplier>(multiplier);
+  args.scratch = at(scratch);
+  return args;
+}
+
+}  // namespace
+
+void register_linear(py::module_& m) {
+  using release = py::call_guard<py::gil_scoped_release>;
+  py::class_<PackedWeight>(m, "PackedWeight", "The weights of a linear layer, packed for the CPU's kernels.")
+      .def_readonly("N", &PackedWeight::N)
+      .def_readonly("K", &PackedWeight::K)
+      .def_property_readonly("bytes", &PackedWeight::bytes);
+  m.def(
+      "pack_weight",
+      [](uintptr_t weight, int64_t stride, int64_t N, int64_t K, int form) {
+        return cpu::pack_weight(at(weight), stride, N, K, static_cast<WeightForm>(form));
+      },
+      release());
+  m.def(
+      "unpack_weight", [](const PackedWeight& weight, uintptr_t out) { cpu::unpack_weight(weight, at(out)); },
+      release());
+  m.def("linear_scratch", &cpu::linear_scratch, "Bytes of working memory for M rows.");
+  m.def("linear_has_multiplier", [](int form, int multiplier) {
+    return cpu::has_multiplier(static_cast<WeightForm>(form), static_cast<Multiplier>(multiplier));
+  });
+  m.def(
+      "linear",
+      [](const PackedWeight& weight, int64_t M, const Rows& x, uintptr_t bias, const Rows& residual, const Rows& y,
+         int activation, int multiplier, uintptr_t scratch) {
+        cpu::linear(arguments(weight, M, x, bias, residual, y, activation, multiplier, scratch));
+      },
+      release());
+}
+
+}  // namespace fused

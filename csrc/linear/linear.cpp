@@ -1,0 +1,61 @@
+// The checked entry of linear, and which kernel multiplies.
+
+#include "linear.h"
+
+#include "../common/extensions.h"
+#include "parts.h"
+
+namespace fused::cpu {
+namespace {
+
+// Rows from which tiles are worth their set-up: below, reading the weights is all there is, and dots read them best.
+constexpr int64_t kRowsForTiles = 4;
+
+Multiplier chosen(const Linear& args) {
+  if (args.multiplier != Multiplier::best) return args.multiplier;
+  const WeightForm form = args.weight->form;
+  if (args.M >= kRowsForTiles && has_multiplier(form, Multiplier::tiles)) return Multiplier::tiles;
+  if (has_multiplier(form, Multiplier::dots)) return Multiplier::dots;
+  return Multiplier::vectors;
+}
+
+}  // namespace
+
+bool has_multiplier(WeightForm form, Multiplier multiplier) {
+  if (multiplier == Multiplier::dots && form == WeightForm::bf16) return extensions().bf16_dots;
+  if (multiplier == Multiplier::dots && form == WeightForm::int8) return extensions().int8_dots;
+  if (multiplier == Multiplier::tiles) return form != WeightForm::f32 && extensions().tiles;
+  return multiplier != Multiplier::dots;
+}
+
+int64_t linear_scratch(const PackedWeight& w, int64_t M) {
+  if (w.form == WeightForm::f32) return 0;
+  const int64_t rows = (M + 15) / 16 * 16;
+  return rows * w.depth() * (w.form == WeightForm::bf16 ? 4 : 2) + rows * 4;
+}
+
+void linear(const Linear& args) {
+  FT_REQUIRE(args.weight != nullptr && args.weight->data != nullptr, "the weight is not packed");
+  if (args.M == 0) return;
+  const WeightForm form = args.weight->form;
+  FT_REQUIRE(form == WeightForm::f32 || args.scratch != nullptr, "working memory is missing");
+  FT_REQUIRE(has_multiplier(form, args.multiplier), "this processor does not have the multiplier asked for");
+  const Multiplier how = chosen(args);
+  if (form == WeightForm::f32) {
+    FT_DISPATCH_ISA(linear_float32, args);
+  }
+#if defined(FT_WITH_TILES)
+  if (how == Multiplier::tiles) return form == WeightForm::bf16 ? linear_bfloat16_tiles(args) : linear_int8_tiles(args);
+#endif
+#if defined(FT_WITH_DOTS)
+  if (how == Multiplier::dots) return form == WeightForm::bf16 ? linear_bfloat16_dots(args) : linear_int8_dots(args);
+#endif
+  (void)how;
+  if (form == WeightForm::bf16) {
+    FT_DISPATCH_ISA(linear_bfloat16, args);
+  } else {
+    FT_DISPATCH_ISA(linear_int8, args);
+  }
+}
+
+}  // namespace fused::cpu
