@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
+from inspect import signature
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -112,11 +113,12 @@ def describe(job: str, name: str, kernel, arch: int) -> Build:
     """What ptxas says of a compiled kernel. Its PTX is assembled once more: Triton throws ptxas's words away."""
     from triton.backends.nvidia.compiler import get_ptxas, sm_arch_from_capability
 
+    ptxas = get_ptxas(arch) if signature(get_ptxas).parameters else get_ptxas()  # Triton 3.5 has one for all
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "kernel.ptx"
         source.write_text(kernel.asm["ptx"])
         command = [
-            get_ptxas(arch).path,
+            ptxas.path,
             "-v",
             f"--gpu-name={sm_arch_from_capability(arch)}",
             source.name,

@@ -137,10 +137,10 @@ def head_of(mask, batch, head, H):
     shift = 0
     if mask.bottom_right:
         shift = keys - queries
-    keep_ptr = None
+    keep_ptr = 0  # nothing reads it; Triton before 3.7 can't return None
     if mask.keep is not None:
         keep_ptr = mask.keep.ptr + batch * shown(mask.keep.stride_b) + head * shown(mask.keep.stride_h)
-    bias_ptr = None
+    bias_ptr = 0
     if mask.bias is not None:
         bias_ptr = mask.bias.ptr + batch * shown(mask.bias.stride_b) + head * shown(mask.bias.stride_h)
     return Head(q0, k0, queries, own_keys, keys, shift, batch * H + head, keep_ptr, bias_ptr)
