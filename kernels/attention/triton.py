@@ -169,9 +169,9 @@ def _mask(mask: Mask) -> tiles.Mask:
         k_lengths_ptr=mask.k_lengths,
         left=left,
         right=right,
-        bottom_right=tl.constexpr(mask.causal == "bottom_right"),
         keep=None if mask.keep is None else _scores(mask.keep.view(torch.uint8), mask),
         bias=None if mask.bias is None else _scores(mask.bias, mask),
+        bottom_right=tl.constexpr(mask.causal == "bottom_right"),
     )
 
 

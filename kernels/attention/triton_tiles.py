@@ -53,9 +53,11 @@ class Mask(NamedTuple):
     k_lengths_ptr: Any
     left: int | None
     right: int | None
-    bottom_right: Any  # tl.constexpr bool
     keep: Scores | None
     bias: Scores | None
+    # tl.constexpr bool. The last field, as Triton before 3.7 forgets the constants of a tuple within a tuple in loops,
+    # except where a constant of the outer one comes after.
+    bottom_right: Any
 
 
 class Dropout(NamedTuple):
