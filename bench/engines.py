@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from fused_transformer import SearchOptions, Transformer, generate
+from fused_transformer import PackedTransformer, SearchOptions, Transformer, generate
 from fused_transformer.checkpoint import load_model
 
 Tokens = list[int]
@@ -74,14 +74,6 @@ class Fused(Engine):
 ENGINES: dict[str, type[Engine]] = {"ctranslate2": CTranslate2, "fused": Fused}
 
 
-def ours(model: Transformer, weights: str) -> Transformer:
-    """What `generate` decodes with, its weights kept as "float32", "bfloat16" or "int8".
-
-    The one place to put another engine in.
-
-    Raises:
-        NotImplementedError: there is no engine for such weights.
-    """
-    if weights != "float32":
-        raise NotImplementedError(f"decoding with weights in {weights} is not there yet")
-    return model
+def ours(model: Transformer, weights: str) -> Transformer | PackedTransformer:
+    """What `generate` decodes with, its weights kept as "float32", "bfloat16" or "int8"."""
+    return PackedTransformer(model, weights=weights)

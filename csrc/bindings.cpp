@@ -13,6 +13,7 @@ void register_attention(py::module_& m);
 void register_bias_act(py::module_& m);
 void register_cross_entropy(py::module_& m);
 void register_decode_attention(py::module_& m);
+void register_decoder_step(py::module_& m);
 void register_embedding(py::module_& m);
 void register_layer_norm(py::module_& m);
 void register_linear(py::module_& m);
@@ -32,6 +33,7 @@ PYBIND11_MODULE(_C, m) {
   fused::register_bias_act(m);
   fused::register_cross_entropy(m);
   fused::register_decode_attention(m);
+  fused::register_decoder_step(m);
   fused::register_embedding(m);
   fused::register_layer_norm(m);
   fused::register_linear(m);

@@ -11,6 +11,7 @@ from fused_transformer.embedding import TokenEmbedding
 from fused_transformer.feed_forward import FeedForward
 from fused_transformer.fusing import FuseReport, fuse, unfuse
 from fused_transformer.incremental import DecoderState
+from fused_transformer.inference import PackedTransformer
 from fused_transformer.layers import DecoderLayer, EncoderLayer
 from fused_transformer.loss import smoothed_cross_entropy
 from fused_transformer.model import Decoder, Encoder, Transformer
@@ -34,6 +35,7 @@ __all__ = [
     "MultiheadAttention",
     "NewTokens",
     "NoamLR",
+    "PackedTransformer",
     "SearchOptions",
     "TokenEmbedding",
     "Transformer",

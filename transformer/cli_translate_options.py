@@ -27,9 +27,9 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", required=True, metavar="PATH", help="a checkpoint, or the folder that train wrote")
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
-    # Not shown until something decodes with them; `translation.with_weights` says so.
-    parser.add_argument("--weights", choices=WEIGHTS, default="float32", help=argparse.SUPPRESS)
-    parser.add_argument("--int8", action="store_const", dest="weights", const="int8", help=argparse.SUPPRESS)
+    weights = "how the weights are kept, on a CPU: fewer bits are less to read, and a little less exact"
+    parser.add_argument("--weights", choices=WEIGHTS, default="float32", help=weights)
+    parser.add_argument("--int8", action="store_const", dest="weights", const="int8", help="--weights int8")
     _add_text(parser.add_argument_group("text"))
     _add_search(parser.add_argument_group("search"))
     _add_sampling(parser.add_argument_group("sampling, instead of searching for the likeliest"))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 from torch import Tensor
@@ -16,11 +16,14 @@ from fused_transformer.sampling import sentence_keys
 from fused_transformer.search import Hypotheses, OnTokens, SearchOptions, search
 
 if TYPE_CHECKING:
+    from fused_transformer.inference import PackedTransformer
     from fused_transformer.model import Transformer
+
+    Model: TypeAlias = Transformer | PackedTransformer
 
 
 @contextmanager
-def evaluating(model: torch.nn.Module) -> Iterator[None]:
+def evaluating(model: torch.nn.Module | PackedTransformer) -> Iterator[None]:
     """Dropout is off inside the block; afterwards the model is in the mode it was in."""
     training = model.training
     model.eval()
@@ -33,7 +36,7 @@ def evaluating(model: torch.nn.Module) -> Iterator[None]:
 class _CachedStep:
     """A step function of `search.py` over an encoded source: the cache follows the search's choices."""
 
-    def __init__(self, model: Transformer, memory: Tensor, memory_lengths: Tensor, beam_size: int) -> None:
+    def __init__(self, model: Model, memory: Tensor, memory_lengths: Tensor, beam_size: int) -> None:
         self.model, self.beam_size, self.sentences = model, beam_size, len(memory)
         self.state = model.start(memory, memory_lengths, beam_size=beam_size)
 
@@ -64,7 +67,7 @@ def _limits(source_lengths: Tensor, options: SearchOptions) -> Tensor:
 
 @torch.no_grad()
 def generate(
-    model: Transformer,
+    model: Model,
     source_tokens: Tensor,
     source_lengths: Tensor | None = None,
     options: SearchOptions | None = None,
@@ -78,7 +81,7 @@ def generate(
     A translation does not depend on the other sentences of its batch (but for the rounding of matrix products).
 
     Args:
-        model: decoded in eval mode, and left in the mode it was in.
+        model: a Transformer, decoded in eval mode and left in the mode it was in; or one packed for translation.
         source_tokens: (B, S) int64, right-padded with the model's padding_idx.
         source_lengths: (B,) int64; None counts the tokens that are not padding.
         options: None: the paper's beam search.
@@ -121,7 +124,7 @@ def generate(
 
 
 def greedy(
-    model: Transformer,
+    model: Model,
     source_tokens: Tensor,
     source_lengths: Tensor | None = None,
     *,
@@ -136,7 +139,7 @@ def greedy(
 
 
 def beam_search(
-    model: Transformer,
+    model: Model,
     source_tokens: Tensor,
     source_lengths: Tensor | None = None,
     *,

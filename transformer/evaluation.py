@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import sacrebleu
 import torch
 
 from fused_transformer.batches import Corpus, cut_by_tokens
+from fused_transformer.model import Transformer
 from fused_transformer.training import mean_loss
 from fused_transformer.translation import Translator
 
@@ -60,6 +61,6 @@ class Validation:
         Args:
             on_batch: called after each translated batch; may raise to break off.
         """
-        loss = mean_loss(translator.model, self.corpus, self.batches)
+        loss = mean_loss(cast(Transformer, translator.model), self.corpus, self.batches)
         translations = translator.translate(self.source, beam_size=1, max_tokens=self.max_tokens, on_batch=on_batch)
         return loss, bleu([best.text for best, *_ in translations], self.target).score

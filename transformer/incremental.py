@@ -81,9 +81,16 @@ class DecoderState:
 
 def start(layers: list[DecoderLayer], memory: Tensor, memory_lengths: Tensor | None, beam_size: int) -> DecoderState:
     """The state ahead of the first token."""
+    projected = [layer.multihead_attn.project_keys(memory, memory) for layer in layers]
+    return new_state(projected, memory, memory_lengths, beam_size)
+
+
+def new_state(
+    projected: list[tuple[Tensor, Tensor]], memory: Tensor, memory_lengths: Tensor | None, beam_size: int
+) -> DecoderState:
+    """The state ahead of the first token, from each layer's keys and values of memory."""
     if beam_size < 1:
         raise ValueError(f"beam_size must be at least 1, got {beam_size}")
-    projected = [layer.multihead_attn.project_keys(memory, memory) for layer in layers]
     batch, heads, _, width = projected[0][0].shape if projected else (len(memory), 1, 0, 1)
     cache = memory.new_empty(len(projected), 2, batch * beam_size, heads, CAPACITY_STEP, width)
     lengths = None if memory_lengths is None else memory_lengths.to(torch.int32)

@@ -185,6 +185,22 @@ def may_look(x: Tensor) -> bool:
     )
 
 
+def real_lengths(tokens: Tensor, padding_idx: int) -> Tensor:
+    """(B,) int64: the tokens of each row of (B, L) that are not padding.
+
+    Raises:
+        ValueError: padding ahead of a token (looked for on the CPU only: a GPU would have to be waited for).
+    """
+    real = tokens != padding_idx
+    lengths = real.sum(-1)
+    if may_look(tokens):
+        before_end = torch.arange(tokens.shape[-1]) < lengths[:, None]
+        if not torch.equal(before_end, real):
+            row = int((before_end != real).any(-1).nonzero()[0])
+            raise ValueError(f"row {row} has padding (token {padding_idx}) ahead of a token; pad right")
+    return lengths
+
+
 def lengths_if_padded_right(keep: Tensor) -> Tensor | None:
     """(B,) int64 lengths if each row of `keep` (B, S) is True up to a length and False beyond, else None.
 

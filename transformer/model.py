@@ -14,7 +14,7 @@ from fused_transformer.config import TransformerConfig
 from fused_transformer.embedding import TokenEmbedding
 from fused_transformer.incremental import DecoderState
 from fused_transformer.layers import DecoderLayer, EncoderLayer
-from fused_transformer.masks import lengths_if_padded_right, may_look
+from fused_transformer.masks import lengths_if_padded_right, real_lengths
 from fused_transformer.packing import pack_memory, packing_if_worth_it
 
 
@@ -159,14 +159,7 @@ class Transformer(nn.Module):
         Raises:
             ValueError: padding ahead of a token (looked for on the CPU only: a GPU would have to be waited for).
         """
-        real = tokens != self.config.padding_idx
-        lengths = real.sum(-1)
-        if may_look(tokens):
-            before_end = torch.arange(tokens.shape[-1]) < lengths[:, None]
-            if not torch.equal(before_end, real):
-                row = int((before_end != real).any(-1).nonzero()[0])
-                raise ValueError(f"row {row} has padding (token {self.config.padding_idx}) ahead of a token; pad right")
-        return lengths
+        return real_lengths(tokens, self.config.padding_idx)
 
     def encode(self, source_tokens: Tensor, source_lengths: Tensor | None = None) -> Tensor:
         """Memory (B, S, E) of source_tokens (B, S). Rows of padding hold numbers without meaning."""

@@ -14,6 +14,7 @@ from fused_transformer.batches import Ragged, cut_by_tokens
 from fused_transformer.checkpoint import find_checkpoint, load_checkpoint
 from fused_transformer.decoding import generate
 from fused_transformer.hypotheses import NEVER, NewTokens
+from fused_transformer.inference import PackedTransformer
 from fused_transformer.model import Transformer
 from fused_transformer.search_options import SearchOptions
 from fused_transformer.text_stream import NewText, TextStream
@@ -36,16 +37,19 @@ class Translation(NamedTuple):
     log_probs: tuple[float, ...] = ()
 
 
-def with_weights(model: Transformer, weights: str) -> Transformer:
-    """What decodes for `model` with its weights kept as `weights`: "float32" is the model itself.
+def with_weights(model: Transformer, weights: str) -> Transformer | PackedTransformer:
+    """What decodes for `model` with its weights kept as `weights`: packed for translation where it is on a CPU.
 
     Raises:
-        ValueError: there is no such way to keep them, or nothing here that decodes with it.
+        ValueError: there is no such way to keep them, or weights other than the model's own are asked for elsewhere.
     """
     if weights not in WEIGHTS:
         raise ValueError(f"weights must be one of {', '.join(map(repr, WEIGHTS))}, got {weights!r}")
+    device = model.source_embedding.weight.device
+    if device.type == "cpu" and model.config.num_decoder_layers:
+        return PackedTransformer(model, weights=weights)
     if weights != "float32":
-        raise ValueError(f"weights {weights!r} need an inference engine, which this version does not have yet")
+        raise ValueError(f"weights {weights!r} are for a model with decoder layers on the CPU, and it is on {device}")
     return model
 
 
@@ -53,16 +57,16 @@ class Translator:
     """A model and its tokenizer, from text to text.
 
     Args:
-        model: a Transformer; it is translated with where it is.
+        model: a Transformer, translated with where it is, or one packed for translation.
         tokenizer: the model's.
     """
 
-    def __init__(self, model: Transformer, tokenizer: Tokenizer) -> None:
+    def __init__(self, model: Transformer | PackedTransformer, tokenizer: Tokenizer) -> None:
         self.model, self.tokenizer = model, tokenizer
 
     @classmethod
     def load(cls, path: str | Path, device: torch.device | str = "cpu", *, weights: str = "float32") -> Translator:
-        """From a checkpoint file, or from the folder that `train` wrote (its best checkpoint).
+        """From a checkpoint file, or from the folder that `train` wrote (its best checkpoint); see `with_weights`.
 
         Raises:
             FileNotFoundError, ValueError: there is no whole checkpoint, or `with_weights` refuses `weights`.

@@ -31,6 +31,7 @@ FT_INLINE Vec gelu(Vec x) {
 FT_INLINE Vec activated(Activation activation, Vec x) {
   if (activation == Activation::relu) return x < 0.0f ? Vec{} : x;  // NaN stays NaN
   if (activation == Activation::gelu) return gelu(x);
+  if (activation == Activation::silu) return x / (splat(1.0f) + exp(-x));
   return x;
 }
 

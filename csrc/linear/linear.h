@@ -23,7 +23,7 @@ namespace fused {
 
 // The numbers are the contract with kernels/linear.
 enum class WeightForm : int { f32 = 0, bf16 = 1, int8 = 2 };
-enum class Activation : int { none = 0, relu = 1, gelu = 2 };  // gelu: x * Phi(x), the exact one
+enum class Activation : int { none = 0, relu = 1, gelu = 2, silu = 3 };  // gelu: x * Phi(x), the exact one
 
 // How products are computed; each is there where the processor has it, and `best` is the fastest of those.
 enum class Multiplier : int {

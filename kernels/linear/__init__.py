@@ -5,10 +5,10 @@ from __future__ import annotations
 from torch import Tensor
 
 from fused_transformer.kernels._dispatch import Op
-from fused_transformer.kernels.linear.checks import checked
+from fused_transformer.kernels.linear.checks import ACTIVATIONS, checked
 from fused_transformer.kernels.linear.packed import WEIGHTS, PackedLinear
 
-__all__ = ["WEIGHTS", "PackedLinear", "linear", "op"]
+__all__ = ["ACTIVATIONS", "WEIGHTS", "PackedLinear", "linear", "op"]
 
 op = Op(__name__, order=("cpu", "reference"))
 
@@ -24,7 +24,7 @@ def linear(x: Tensor, layer: PackedLinear, *, activation: str = "none", residual
     Args:
         x: (..., K) float32, any strides (a last axis that is not contiguous is copied).
         layer: W (N, K) and b (N,), packed by `PackedLinear`.
-        activation: "none", "relu" or "gelu" (x · Φ(x), the exact one).
+        activation: "none", "relu", "gelu" (x · Φ(x), the exact one) or "silu" (x · σ(x)).
         residual: (..., N) float32, added after the activation.
 
     Returns:

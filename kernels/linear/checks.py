@@ -9,7 +9,7 @@ from fused_transformer.kernels._checks import dense_last, require
 from fused_transformer.kernels.linear.packed import PackedLinear
 
 # The numbers of csrc/linear/linear.h.
-ACTIVATIONS = {"none": 0, "relu": 1, "gelu": 2}
+ACTIVATIONS = {"none": 0, "relu": 1, "gelu": 2, "silu": 3}
 
 
 def checked(x, layer, activation, residual) -> tuple:

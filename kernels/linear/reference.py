@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fused_transformer.kernels.linear.packed import to_levels
 
-ACTIVATIONS = {"none": lambda y: y, "relu": F.relu, "gelu": F.gelu}
+ACTIVATIONS = {"none": lambda y: y, "relu": F.relu, "gelu": F.gelu, "silu": F.silu}
 
 
 def refuses(*_args) -> None:

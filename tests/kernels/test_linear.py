@@ -14,6 +14,7 @@ from tests.inputs import LAYOUTS, Case, case_id, lesser_isas, normal, run_tests_
 from tests.oracle import assert_equal, assert_matches
 
 every_backend = pytest.mark.parametrize("backend", op.order)
+ACTIVATIONS = {"none": lambda y: y, "relu": F.relu, "gelu": F.gelu, "silu": F.silu}
 every_form = pytest.mark.parametrize("weights", WEIGHTS)
 
 # Panels have 64 columns, tasks 192 rows, tiles 16 rows and depths of 32 (bfloat16) and 64 (int8).
@@ -61,19 +62,19 @@ def exact(x, layer, activation="none", residual=None, weights="float32"):
         scale = torch.where(largest > 0, largest / 127, 1.0)
         x = (x / scale).round() * scale
     y = F.linear(x, layer.matrix().double(), None if layer.bias is None else layer.bias.double())
-    y = {"none": lambda y: y, "relu": F.relu, "gelu": F.gelu}[activation](y)
+    y = ACTIVATIONS[activation](y)
     return y if residual is None else y + residual.double()
 
 
 @pytest.mark.parametrize("case", CASES, ids=case_id)
-@pytest.mark.parametrize("activation", ["none", "relu", "gelu"])
+@pytest.mark.parametrize("activation", ["none", "relu", "gelu", "silu"])
 @every_backend
 def test_float32_is_as_good_as_torch(backend, activation, case):
     x, weight, bias, residual = make(case)
     layer = PackedLinear(weight, bias)
     with running_on(backend):
         got = linear(x, layer, activation=activation, residual=residual)
-    naive = {"none": lambda y: y, "relu": F.relu, "gelu": F.gelu}[activation](F.linear(x, weight, bias)) + residual
+    naive = ACTIVATIONS[activation](F.linear(x, weight, bias)) + residual
     # Sums of K terms one after the other, where torch's product adds parts of them side by side.
     assert_matches(got, exact(x, layer, activation, residual), naive, factor=4.0, ulps=4.0)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import tracemalloc
 from itertools import islice
 
@@ -10,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fused_transformer.inference import PackedTransformer
 from fused_transformer.search_options import SearchOptions
 from fused_transformer.text_stream import NewText, TextStream
 from fused_transformer.tokenizer import EOS
@@ -158,10 +160,12 @@ def test_refused_calls(translator):
         translator.translate(["un"], beams=2)
 
 
-def test_weights_other_than_the_models_are_refused_until_something_decodes_with_them(translator):
-    assert with_weights(translator.model, "float32") is translator.model
-    with pytest.raises(ValueError, match="weights 'int8' need an inference engine"):
-        with_weights(translator.model, "int8")
+def test_weights_are_packed_on_a_cpu(translator):
+    packed = with_weights(translator.model, "int8")
+    assert isinstance(packed, PackedTransformer) and packed.weights == "int8"
+    assert with_weights(translator.model, "float32").weights == "float32"
+    with pytest.raises(ValueError, match="weights 'int8' are for a model with decoder layers on the CPU"):
+        with_weights(copy.deepcopy(translator.model).to("meta"), "int8")
     with pytest.raises(ValueError, match="weights must be one of 'float32', 'bfloat16', 'int8', got 'int4'"):
         with_weights(translator.model, "int4")
 

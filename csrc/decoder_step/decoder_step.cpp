@@ -1,0 +1,209 @@
+#include "decoder_step.h"
+
+#include <cmath>
+#include <cstring>
+
+#include "../common/parallel.h"
+#include "../decode_attention/decode_attention.h"
+#include "../layer_norm/layer_norm.h"
+
+namespace fused::cpu {
+namespace {
+
+// Working memory that a thread keeps from step to step: fresh pages for every step would cost as much as a layer.
+class Scratch {
+ public:
+  explicit Scratch(size_t bytes) {
+    static thread_local std::vector<char> memory;
+    if (memory.size() < bytes + 64) memory.resize(bytes + 64);
+    next_ = memory.data() + (64 - reinterpret_cast<uintptr_t>(memory.data()) % 64) % 64;
+  }
+  static size_t room(int64_t bytes) { return size_t(bytes + 63) / 64 * 64; }
+  template <class T>
+  T* take(int64_t count) {
+    char* const here = next_;
+    next_ += room(count * int64_t(sizeof(T)));
+    return reinterpret_cast<T*>(here);
+  }
+
+ private:
+  char* next_;
+};
+
+class Step {
+ public:
+  Step(const Decoder& decoder, const DecoderStep& step)
+      : d_(decoder), s_(step), R_(step.rows), E_(decoder.E), D_(decoder.E / decoder.H), memory_(bytes()) {
+    a_ = memory_.take<float>(R_ * E_);
+    b_ = memory_.take<float>(R_ * E_);
+    normed_ = memory_.take<float>(R_ * E_);
+    wide_ = memory_.take<float>(R_ * widest());
+    partial_ = memory_.take<float>(partial_floats());
+    rounded_ = memory_.take<char>(linear_bytes());
+  }
+
+  void run() {
+    const float* x = s_.x;  // the stream: a_ and b_ in turns
+    for (size_t index = 0; index < d_.layers.size(); ++index) {
+      const DecoderLayer& layer = d_.layers[index];
+      x = sublayer(x, layer.norms[0], layer.self_out, [&](const float* in) { return attend(layer, index, in); });
+      x = sublayer(x, layer.norms[1], layer.memory_out, [&](const float* in) { return look(layer, index, in); });
+      x = sublayer(x, layer.norms[2], layer.down, [&](const float* in) {
+        apply(layer.up, in, wide_, nullptr, d_.activation);
+        return static_cast<const float*>(wide_);
+      });
+    }
+    if (d_.final_norm.present)
+      normalise(d_.final_norm, x, s_.out);
+    else
+      std::memcpy(s_.out, x, size_t(R_ * E_) * sizeof(float));
+  }
+
+ private:
+  // The stream after a sublayer that ends with the projection `last` of what `inner` returns.
+  template <class F>
+  const float* sublayer(const float* x, const DecoderNorm& norm, const DecoderLinear& last, const F& inner) {
+    float* const out = x == a_ ? b_ : a_;
+    if (d_.norm_first) {
+      normalise(norm, x, normed_);
+      apply(last, inner(normed_), out, x, Activation::none);
+    } else {
+      apply(last, inner(x), normed_, x, Activation::none);
+      normalise(norm, normed_, out);
+    }
+    return out;
+  }
+
+  const float* attend(const DecoderLayer& layer, size_t index, const float* x) {
+    apply(layer.qkv, x, wide_, nullptr, Activation::none);
+    float* const keys = s_.cache + int64_t(index) * s_.cache_stride[0];
+    float* const values = keys + s_.cache_stride[1];
+    const int64_t here = s_.length * s_.cache_stride[4];
+    parallel_for(R_, 2 * R_ * E_, [&](int64_t r) {
+      const float* const qkv = wide_ + r * 3 * E_;
+      for (int64_t h = 0; h < d_.H; ++h) {
+        const int64_t to = r * s_.cache_stride[2] + h * s_.cache_stride[3] + here;
+        std::memcpy(keys + to, qkv + E_ + h * D_, size_t(D_) * sizeof(float));
+        std::memcpy(values + to, qkv + 2 * E_ + h * D_, size_t(D_) * sizeof(float));
+      }
+    });
+    DecodeAttention args = attention(R_, 1, s_.cache_rows, s_.length + 1);
+    args.q = {wide_, {3 * E_, D_, 0}};
+    args.k = {keys, {s_.cache_stride[2], s_.cache_stride[3], s_.cache_stride[4]}};
+    args.v = {values, {s_.cache_stride[2], s_.cache_stride[3], s_.cache_stride[4]}};
+    float* const heads = wide_ + 3 * R_ * E_;
+    args.out = {heads, {E_, D_, 0}};
+    if (s_.ancestors != nullptr) {
+      args.rows = {s_.ancestors, false};
+      args.rows_batch = s_.ancestors_stride, args.rows_position = 1;
+    } else {
+      args.rows = {own_rows(), true};
+      args.rows_batch = 1, args.rows_position = 0;
+    }
+    decode_attention(args);
+    return heads;
+  }
+
+  const float* look(const DecoderLayer& layer, size_t index, const float* x) {
+    apply(layer.query, x, wide_, nullptr, Activation::none);
+    const int64_t sequences = R_ / s_.beams;
+    DecodeAttention args = attention(sequences, s_.beams, s_.memory_rows, s_.S);
+    const auto [keys, values] = (*s_.memory)[index];
+    args.q = {wide_, {s_.beams * E_, D_, E_}};
+    args.k = {const_cast<float*>(keys), {s_.memory_stride[0], s_.memory_stride[1], s_.memory_stride[2]}};
+    args.v = {const_cast<float*>(values), {s_.memory_stride[0], s_.memory_stride[1], s_.memory_stride[2]}};
+    float* const heads = wide_ + 3 * R_ * E_;
+    args.out = {heads, {s_.beams * E_, D_, E_}};
+    args.lengths = {s_.memory_lengths, false};
+    args.rows = {s_.sources != nullptr ? s_.sources : own_rows(), true};
+    args.rows_batch = 1, args.rows_position = 0;
+    args.causal = false;
+    decode_attention(args);
+    return heads;
+  }
+
+  DecodeAttention attention(int64_t B, int64_t L, int64_t R, int64_t C) {
+    DecodeAttention args;
+    args.B = B, args.H = d_.H, args.Hk = d_.H, args.L = L, args.D = D_, args.R = R, args.C = C;
+    args.dtype = DType::f32;
+    args.scale = 1.0f / std::sqrt(float(D_));
+    args.partial = partial_;
+    return args;
+  }
+
+  void apply(const DecoderLinear& layer, const float* x, float* y, const float* residual, Activation activation) {
+    Linear args;
+    args.weight = &layer.weight;
+    args.M = R_;
+    args.x = x, args.x_stride = layer.weight.K;
+    args.bias = layer.bias;
+    args.residual = residual, args.residual_stride = layer.weight.N;
+    args.y = y, args.y_stride = layer.weight.N;
+    args.activation = activation;
+    args.scratch = rounded_;
+    linear(args);
+  }
+
+  void normalise(const DecoderNorm& norm, const float* x, float* y) {
+    LayerNormForward args{};
+    args.x = x, args.x_stride = E_;
+    args.weight = norm.weight, args.bias = norm.bias;
+    args.y = y;
+    args.M = R_, args.N = E_;
+    args.eps = d_.eps;
+    args.dropout_scale = 1.0f;
+    args.dtype = args.param_dtype = DType::f32;
+    layer_norm_forward(args);
+  }
+
+  const int64_t* own_rows() {  // 0, 1, 2 ...: which row a row reads where nobody has moved
+    static thread_local std::vector<int64_t> numbers;
+    while (int64_t(numbers.size()) < R_) numbers.push_back(int64_t(numbers.size()));
+    return numbers.data();
+  }
+
+  int64_t widest() const {  // of `wide_`: q, k, v and the heads, or the feed-forward's inside
+    int64_t width = 4 * E_;
+    for (const DecoderLayer& layer : d_.layers) width = layer.up.weight.N > width ? layer.up.weight.N : width;
+    return width;
+  }
+  int64_t partial_floats() const {
+    const int64_t self = decode_attention_partial(R_, d_.H, 1, s_.length + 1, D_);
+    const int64_t memory = decode_attention_partial(R_ / s_.beams, d_.H, s_.beams, s_.S, D_);
+    return self > memory ? self : memory;
+  }
+  int64_t linear_bytes() const {
+    int64_t most = 0;
+    for (const DecoderLayer& layer : d_.layers)
+      for (const DecoderLinear* x :
+           {&layer.qkv, &layer.self_out, &layer.query, &layer.memory_out, &layer.up, &layer.down}) {
+        const int64_t bytes = linear_scratch(x->weight, R_);
+        most = bytes > most ? bytes : most;
+      }
+    return most;
+  }
+  size_t bytes() const {
+    return 3 * Scratch::room(R_ * E_ * 4) + Scratch::room(R_ * widest() * 4) + Scratch::room(partial_floats() * 4) +
+           Scratch::room(linear_bytes());
+  }
+
+  const Decoder& d_;
+  const DecoderStep& s_;
+  const int64_t R_, E_, D_;
+  Scratch memory_;
+  float *a_, *b_, *normed_, *wide_, *partial_;
+  char* rounded_;
+};
+
+}  // namespace
+
+void decoder_step(const Decoder& decoder, const DecoderStep& step) {
+  if (step.rows == 0) return;
+  FT_REQUIRE(step.beams >= 1 && step.rows % step.beams == 0,
+             "rows must be a multiple of beams, got " << step.rows << " and " << step.beams);
+  FT_REQUIRE(step.memory != nullptr && step.memory->size() == decoder.layers.size(),
+             "each layer needs the keys and values of memory");
+  Step(decoder, step).run();
+}
+
+}  // namespace fused::cpu

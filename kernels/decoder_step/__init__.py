@@ -1,0 +1,62 @@
+"""One decoding step through all layers of a Transformer's decoder, its weights packed. For inference alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from fused_transformer.kernels._dispatch import Op
+from fused_transformer.kernels.decoder_step.checks import checked
+from fused_transformer.kernels.decoder_step.packed import Norm, PackedDecoder, PackedLayer
+
+__all__ = ["Norm", "PackedDecoder", "PackedLayer", "decoder_step", "op"]
+
+op = Op(__name__, order=("cpu", "reference"))
+
+
+def decoder_step(
+    x: Tensor,
+    decoder: PackedDecoder,
+    cache: Tensor,
+    length: int,
+    memory: Sequence[tuple[Tensor, Tensor]],
+    *,
+    ancestors: Tensor | None = None,
+    memory_lengths: Tensor | None = None,
+    sources: Tensor | None = None,
+    beams: int = 1,
+) -> Tensor:
+    """All layers on the newest position of R hypotheses, `beams` of each sequence side by side.
+
+        post-norm   x = norm(x + sublayer(x))             pre-norm   x = x + sublayer(norm(x)), and a norm at the end
+        sublayers   attention over the cache and the new position, attention over memory, feed-forward
+
+    A step reads every weight once, and of the cache and memory what there is of each hypothesis: at a batch of one the
+    weights bound it. On the CPU it is one native call: from Python, what surrounds its dozen small kernels a layer
+    takes as long as they do.
+
+    Args:
+        x: (R, E) float32, the embedded tokens.
+        decoder: the layers.
+        cache: (layers, 2, R₀, H, room, D) float32 keys and values, R <= R₀; position `length` is written, for row i in
+            row i.
+        length: positions that there are.
+        memory: for each layer, keys and values of the encoder's output, (B₀, H, S, D) float32, all with the same
+            strides.
+        ancestors: (R, room) int32, in which row of the cache position j of row i's history is; None: in row i.
+        memory_lengths: (R / beams,) int32, the real positions of each sequence's memory; None: S.
+        sources: (R / beams,) int64, which row of memory each sequence reads; None: the one of its number.
+        beams: rows of a sequence; R is a multiple of it.
+
+    Returns:
+        (R, E) float32, the hidden states of the new position.
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not fit, or there is no room for another position.
+        NotImplementedError: a backend was forced that refuses these arguments.
+
+    Numerics: as `linear`, `decode_attention` and `layer_norm` one after the other, from which it is made.
+    """
+    arguments = checked(x, decoder, cache, length, memory, ancestors, memory_lengths, sources, beams)
+    return op.pick(*arguments).forward(*arguments)

@@ -1,0 +1,57 @@
+"""What the arguments of decoder_step must be."""
+
+from __future__ import annotations
+
+import torch
+
+from fused_transformer.kernels._checks import require
+from fused_transformer.kernels.decoder_step.packed import PackedDecoder
+
+
+def checked(x, decoder, cache, length, memory, ancestors, memory_lengths, sources, beams) -> tuple:
+    """What a backend takes: the same, x contiguous."""
+    if not isinstance(decoder, PackedDecoder):
+        raise TypeError(f"decoder must be a PackedDecoder, got {type(decoder).__name__}")
+    width, heads, depth = decoder.width, decoder.num_heads, len(decoder.layers)
+    require(x.dim() == 2 and x.shape[1] == width, f"x must have shape (R, {width}), got {tuple(x.shape)}")
+    rows = x.shape[0]
+    require(beams >= 1 and rows % beams == 0, f"the rows must be a multiple of beams, got {rows} and {beams}")
+    sequences = rows // beams
+    fits = cache.dim() == 6 and (*cache.shape[:2], cache.shape[3], cache.shape[5]) == (depth, 2, heads, width // heads)
+    shape = f"({depth}, 2, R, {heads}, room, {width // heads})"
+    require(
+        fits and cache.shape[2] >= rows, f"cache must have shape {shape} with R >= {rows}, got {tuple(cache.shape)}"
+    )
+    require(0 <= length < cache.shape[4], f"cache has room for {cache.shape[4]} positions, and there are {length}")
+    require(len(memory) == depth, f"memory must have keys and values for {depth} layers, got {len(memory)}")
+    first = memory[0][0]
+    for pair in memory:
+        for part in pair:
+            require(
+                part.dim() == 4 and part.shape[1] == heads and part.shape[3] == width // heads,
+                f"memory must have shapes (B, {heads}, S, {width // heads}), got {tuple(part.shape)}",
+            )
+            same = part.shape == first.shape and part.stride() == first.stride()
+            require(same, "keys and values of memory must have one shape and the same strides")
+            _require("memory", part, torch.float32, dense=True)
+    _require("x", x, torch.float32)
+    _require("cache", cache, torch.float32, dense=True)
+    if ancestors is not None:
+        fits = ancestors.dim() == 2 and ancestors.shape[0] == rows and ancestors.shape[1] > length
+        require(fits, f"ancestors must be ({rows}, more than {length}), got {tuple(ancestors.shape)}")
+        _require("ancestors", ancestors, torch.int32, dense=True)
+    for name, x_, dtype in (("memory_lengths", memory_lengths, torch.int32), ("sources", sources, torch.int64)):
+        if x_ is not None:
+            require(x_.shape == (sequences,), f"{name} must have shape ({sequences},), got {tuple(x_.shape)}")
+            _require(name, x_, dtype, dense=True)
+    require(sources is not None or first.shape[0] >= sequences, f"memory has {first.shape[0]} rows for {sequences}")
+    return x.contiguous(), decoder, cache, length, memory, ancestors, memory_lengths, sources, beams
+
+
+def _require(name: str, x: torch.Tensor, dtype: torch.dtype, dense: bool = False) -> None:
+    require(x.dtype == dtype, f"{name} must be {dtype}, got {x.dtype}")
+    require(x.device.type == "cpu", f"{name} must be on the CPU, where the packed weights are, got {x.device}")
+    if x.requires_grad and torch.is_grad_enabled():
+        raise ValueError(f"decoder_step has no gradient, and {name} requires one: use torch.no_grad()")
+    if dense:
+        require(x.stride(-1) == 1 or x.shape[-1] <= 1, f"the last axis of {name} must be contiguous")

@@ -1,0 +1,225 @@
+"""A Transformer for translation on the CPU: its weights packed once, a decoding step one native call."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from fused_transformer.attention import MultiheadAttention
+from fused_transformer.config import TransformerConfig
+from fused_transformer.embedding import TokenEmbedding
+from fused_transformer.incremental import DecoderState, new_state
+from fused_transformer.kernels import attention, layer_norm
+from fused_transformer.kernels.decoder_step import Norm, PackedDecoder, PackedLayer, decoder_step
+from fused_transformer.kernels.linear import WEIGHTS, PackedLinear, linear
+from fused_transformer.layers import DecoderLayer, EncoderLayer
+from fused_transformer.masks import real_lengths
+from fused_transformer.model import Transformer
+from fused_transformer.packing import packing_if_worth_it
+
+
+class PackedTransformer:
+    """A trained `Transformer` packed for translation: `generate`, `greedy` and `beam_search` take it for the model.
+
+    A copy: what happens to the model later does not reach it, and it is read-only. Activations, keys, values and sums
+    are float32 whatever the weights. It only decodes: there is no training mode, and no gradient.
+
+    Args:
+        model: on the CPU, of any float dtype.
+        weights: how the matrices are kept, see `PackedLinear`: "float32" (the model's own numbers), "bfloat16" (half
+            the memory to read) or "int8" (a quarter; inputs are rounded to 255 levels too). Embeddings, norms and
+            biases stay float32.
+
+    Attributes:
+        config, weights: as given.
+        nbytes: of all packed weights.
+
+    Raises:
+        TypeError, ValueError: not a Transformer, not on the CPU, without decoder layers, or `weights` is unknown.
+    """
+
+    def __init__(self, model: Transformer, *, weights: str = "float32") -> None:
+        if not isinstance(model, Transformer):
+            raise TypeError(f"model must be a Transformer, got {type(model).__name__}")
+        if weights not in WEIGHTS:
+            raise ValueError(f"weights must be one of {', '.join(map(repr, WEIGHTS))}, got {weights!r}")
+        device = model.source_embedding.weight.device
+        if device.type != "cpu":
+            raise ValueError(f"packed weights are for the CPU, and the model is on {device}: model.cpu() moves it")
+        if model.config.num_decoder_layers == 0:
+            raise ValueError("a model without decoder layers has nothing to pack for decoding")
+        self.config: TransformerConfig = model.config
+        self.weights = weights
+        self.training = False
+        config = model.config
+        self._heads, self._eps = config.num_heads, config.layer_norm_eps
+        self._source = _embedding(model.source_embedding)
+        self._target = self._source if model.target_embedding is None else _embedding(model.target_embedding)
+        self._encoder = [self._encoder_layer(cast(EncoderLayer, layer)) for layer in model.encoder.layers]
+        self._encoder_norm = None if model.encoder.norm is None else _norm(model.encoder.norm)
+        layers = cast("list[DecoderLayer]", list(model.decoder.layers))
+        self._decoder = PackedDecoder(
+            [self._decoder_layer(layer) for layer in layers],
+            config.num_heads,
+            norm_first=config.norm_first,
+            eps=config.layer_norm_eps,
+            activation=config.activation,
+            final_norm=None if model.decoder.norm is None else _norm(model.decoder.norm),
+        )
+        self._memory = [self._memory_projection(layer.multihead_attn) for layer in layers]
+        projection = model.output_projection
+        table = self._target.weight if projection is None else projection.weight
+        self._output = self._pack(table, None if projection is None else projection.bias)
+
+    @property
+    def nbytes(self) -> int:
+        encoder = sum(x.nbytes for layer in self._encoder for x in layer[:4])
+        return encoder + self._decoder.nbytes + sum(x.nbytes for x in self._memory) + self._output.nbytes
+
+    def eval(self) -> PackedTransformer:
+        """Nothing: it has no other mode."""
+        return self
+
+    def train(self, mode: bool = True) -> PackedTransformer:
+        """Nothing if mode is False.
+
+        Raises:
+            ValueError: mode is True.
+        """
+        if mode:
+            raise ValueError("packed weights are read-only: train the Transformer that they were packed from")
+        return self
+
+    def parameters(self) -> Iterator[Tensor]:
+        """The tables of embeddings, for their device and dtype: the matrices are packed."""
+        yield self._source.weight
+        if self._target is not self._source:
+            yield self._target.weight
+
+    def lengths(self, tokens: Tensor) -> Tensor:
+        """As `Transformer.lengths`."""
+        return real_lengths(tokens, self.config.padding_idx)
+
+    @torch.no_grad()
+    def encode(self, source_tokens: Tensor, source_lengths: Tensor | None = None) -> Tensor:
+        """As `Transformer.encode`."""
+        if source_lengths is None:
+            source_lengths = self.lengths(source_tokens)
+        x = self._source(source_tokens)
+        shape = x.shape
+        packing = packing_if_worth_it(source_lengths, x)
+        x = x.flatten(0, 1) if packing is None else packing.pack(x)
+        for qkv, out, up, down, first, second in self._encoder:
+
+            def attend(y: Tensor, qkv=qkv) -> Tensor:
+                parts = linear(y, qkv)
+                if packing is not None:
+                    q, k, v = parts.view(len(y), 3, self._heads, -1).unbind(1)
+                    return attention(q, k, v, q_offsets=packing.offsets).flatten(1)
+                q, k, v = parts.view(*shape[:2], 3, self._heads, -1).permute(2, 0, 3, 1, 4)
+                return attention(q, k, v, k_lengths=source_lengths).transpose(1, 2).reshape(len(y), -1)
+
+            x = self._sublayer(x, first, attend, out)
+            x = self._sublayer(x, second, lambda y, up=up: linear(y, up, activation=self.config.activation), down)
+        if self._encoder_norm is not None:
+            x = self._normalised(x, self._encoder_norm)
+        return x.view(shape) if packing is None else packing.unpack(x)
+
+    @torch.no_grad()
+    def start(self, memory: Tensor, memory_lengths: Tensor | None = None, *, beam_size: int = 1) -> DecoderState:
+        """As `Transformer.start`."""
+        packing = packing_if_worth_it(memory_lengths, memory)
+        rows = memory.flatten(0, 1) if packing is None else packing.pack(memory)
+        projected = []
+        for layer in self._memory:
+            both = linear(rows, layer)
+            both = both.view(*memory.shape[:2], -1) if packing is None else packing.unpack(both)
+            keys, values = both.view(*memory.shape[:2], 2, self._heads, -1).permute(2, 0, 3, 1, 4).contiguous()
+            projected.append((keys, values))
+        return new_state(projected, memory, memory_lengths, beam_size)
+
+    @torch.no_grad()
+    def step(self, tokens: Tensor, state: DecoderState) -> Tensor:
+        """As `Transformer.step`."""
+        x = self._target(tokens[:, None], start=state.length).squeeze(1)
+        state.make_room()
+        hidden = decoder_step(
+            x,
+            self._decoder,
+            state.cache,
+            state.length,
+            state.memory,
+            ancestors=state.ancestors,
+            memory_lengths=state.memory_lengths,
+            sources=state.sources,
+            beams=state.beam_size,
+        )
+        state.length += 1
+        return hidden
+
+    @torch.no_grad()
+    def project(self, hidden: Tensor) -> Tensor:
+        """As `Transformer.project`."""
+        return linear(hidden, self._output)
+
+    # ---------------------------------------------------------------- packing
+
+    def _pack(self, weight: Tensor, bias: Tensor | None) -> PackedLinear:
+        return PackedLinear(weight.detach(), None if bias is None else bias.detach(), weights=self.weights)
+
+    def _linear(self, module: nn.Linear) -> PackedLinear:
+        return self._pack(module.weight, module.bias)
+
+    def _encoder_layer(self, layer: EncoderLayer) -> tuple:
+        attn, inner = layer.self_attn, layer.feed_forward
+        return (
+            *(self._pack(attn.in_proj_weight, attn.in_proj_bias), self._linear(attn.out_proj)),
+            *(self._linear(inner.linear1), self._linear(inner.linear2)),
+            *(_norm(layer.norm1), _norm(layer.norm2)),
+        )
+
+    def _decoder_layer(self, layer: DecoderLayer) -> PackedLayer:
+        attn, cross, width = layer.self_attn, layer.multihead_attn, self.config.d_model
+        bias = None if cross.in_proj_bias is None else cross.in_proj_bias[:width]
+        norms = (_norm(layer.norm1), _norm(layer.norm2), _norm(layer.norm3))
+        return PackedLayer(
+            qkv=self._pack(attn.in_proj_weight, attn.in_proj_bias),
+            self_out=self._linear(attn.out_proj),
+            query=self._pack(cross.in_proj_weight[:width], bias),
+            memory_out=self._linear(cross.out_proj),
+            up=self._linear(layer.feed_forward.linear1),
+            down=self._linear(layer.feed_forward.linear2),
+            norms=norms,
+        )
+
+    def _memory_projection(self, attn: MultiheadAttention) -> PackedLinear:
+        width, bias = self.config.d_model, attn.in_proj_bias
+        return self._pack(attn.in_proj_weight[width:], None if bias is None else bias[width:])
+
+    # ---------------------------------------------------------------- the encoder's layers
+
+    def _normalised(self, x: Tensor, norm: Norm) -> Tensor:
+        return layer_norm(x, norm.weight, norm.bias, eps=self._eps)
+
+    def _sublayer(self, x: Tensor, norm: Norm, inner, last: PackedLinear) -> Tensor:
+        if self.config.norm_first:
+            return linear(inner(self._normalised(x, norm)), last, residual=x)
+        return self._normalised(linear(inner(x), last, residual=x), norm)
+
+
+def _norm(module: Any) -> Norm:
+    """A copy of a LayerNorm's parameters in float32."""
+    parameters = (None if x is None else x.detach().float().clone().contiguous() for x in (module.weight, module.bias))
+    return Norm(*parameters)
+
+
+def _embedding(module: TokenEmbedding) -> TokenEmbedding:
+    """A copy in float32, without dropout."""
+    vocab_size, width = module.weight.shape
+    with torch.device("meta"):  # its initial weights would be drawn for nothing
+        copy = TokenEmbedding(vocab_size, width, positions=module.positions, padding_idx=module.padding_idx)
+    copy.weight = nn.Parameter(module.weight.detach().float().clone(), requires_grad=False)
+    return copy.eval()
