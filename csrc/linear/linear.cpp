@@ -8,13 +8,16 @@
 namespace fused::cpu {
 namespace {
 
-// Rows from which tiles are worth their set-up: below, reading the weights is all there is, and dots read them best.
-constexpr int64_t kRowsForTiles = 4;
+// int8: from so many rows on tiles are ahead of dots (38 M weights on a Xeon: 1.34 against 1.6 ms for one row, 2.2
+// against 1.8 ms for eight); sums are exact, so the results are the same. bfloat16: tiles for any number of rows, so
+// that a row has the same bits in any batch (3.1 against 3.7 ms for one row).
+constexpr int64_t kRowsForTiles = 6;
 
 Multiplier chosen(const Linear& args) {
   if (args.multiplier != Multiplier::best) return args.multiplier;
   const WeightForm form = args.weight->form;
-  if (args.M >= kRowsForTiles && has_multiplier(form, Multiplier::tiles)) return Multiplier::tiles;
+  const bool few = form == WeightForm::int8 && args.M < kRowsForTiles && has_multiplier(form, Multiplier::dots);
+  if (!few && has_multiplier(form, Multiplier::tiles)) return Multiplier::tiles;
   if (has_multiplier(form, Multiplier::dots)) return Multiplier::dots;
   return Multiplier::vectors;
 }

@@ -10,7 +10,6 @@ namespace {
 
 constexpr int kVectors = 4, kRows = 6;  // 24 sums
 constexpr int64_t kTile = 1024;         // bytes: 16 columns and all of a tile's depth
-constexpr int64_t kAhead = 4 * kTile;   // bytes that are asked for early
 
 struct BFloat16 {
   using Rounded = bf16;
@@ -50,11 +49,7 @@ FT_INLINE void block(const Linear& args, const char* panel, int64_t m, int64_t n
     for (int64_t i = 0; i < 16; ++i) {
       __m512i w[kVectors];
 #pragma GCC unroll 4
-      for (int j = 0; j < kVectors; ++j) {
-        const char* at = panel + j * kTile + i * 64;
-        w[j] = _mm512_load_si512(at);
-        __builtin_prefetch(at + kAhead);
-      }
+      for (int j = 0; j < kVectors; ++j) w[j] = _mm512_load_si512(panel + j * kTile + i * 64);
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r) {
         int32_t together;

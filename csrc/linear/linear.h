@@ -11,8 +11,7 @@
 //   levels
 //          of its own largest magnitude; products are summed exactly, as integers.
 //
-// Sums are float32 (int32 for int8). A row of y depends on its own row of x and on nothing else of the batch, but which
-// rows are computed together decides on the order of a float32 sum's terms nowhere: the same bits for any M.
+// Sums are float32 (int32 for int8). A row of y depends on its own row of x alone, and has the same bits in any batch.
 
 #include <cstdint>
 #include <memory>

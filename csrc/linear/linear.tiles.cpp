@@ -12,7 +12,6 @@ namespace FT_ISA {
 namespace {
 
 constexpr int64_t kTile = 1024;  // bytes
-constexpr int64_t kAhead = 8 * kTile;
 
 struct alignas(64) Palette {
   uint8_t palette = 1, start_row = 0, reserved[14] = {};
@@ -83,7 +82,6 @@ FT_INLINE void narrow(const Linear& args, const char* panel, int64_t m, int rows
   const char* x = reinterpret_cast<const char*>(rounded_row<typename Form::Rounded>(args, m));
   FT_CLEAR_SUMS();
   for (int64_t k = 0; k < steps; ++k, panel += 4 * kTile) {
-    for (int i = 0; i < 4 * kTile; i += 64) __builtin_prefetch(panel + kAhead + i);
     _tile_loadd(4, x + k * 64, stride);
     _tile_loadd(6, panel, 64);
     FT_MULTIPLY(0, 4, 6);

@@ -34,7 +34,7 @@ def linear(x: Tensor, layer: PackedLinear, *, activation: str = "none", residual
         ValueError: shapes, dtypes, devices or the activation do not fit, or a gradient is asked for.
         NotImplementedError: a backend was forced that refuses these arguments.
 
-    Numerics: sums in float32, the same bits for any number of rows with float32 and int8 weights. bfloat16 weights:
+    Numerics: sums in float32; a row has the same bits in any batch. bfloat16 weights:
         x is rounded to bfloat16 too where the processor multiplies bfloat16. int8 weights: each row of x is rounded to
         255 levels of its largest magnitude, and sums are exact.
     """
