@@ -17,7 +17,7 @@ every_backend = pytest.mark.parametrize("backend", op.order)
 ACTIVATIONS = {"none": lambda y: y, "relu": F.relu, "gelu": F.gelu, "silu": F.silu}
 every_form = pytest.mark.parametrize("weights", WEIGHTS)
 
-# Panels have 64 columns, tasks 192 rows, tiles 16 rows and depths of 32 (bfloat16) and 64 (int8).
+# Panels have 64 columns, tasks 384 rows, tiles 16 rows and depths of 32 (bfloat16) and 64 (int8).
 CASES = (
     Case("one", rows=1, n=1, k=1),
     Case("prime", rows=7, n=131, k=37),
@@ -28,7 +28,7 @@ CASES = (
     Case("a_tile", rows=16, n=128, k=128),
     Case("above_a_tile", rows=17, n=80, k=96),
     Case("two_tiles", rows=32, n=80, k=96),
-    Case("above_a_task", rows=197, n=70, k=33),
+    Case("above_a_task", rows=389, n=70, k=33),
     Case("feed_forward", rows=33, n=512, k=2048),
     Case("empty", rows=0, n=64, k=64),
 )
