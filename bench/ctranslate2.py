@@ -32,7 +32,7 @@ from torch import nn
 from bench import machine
 from bench.decoding_work import SPECIAL, Work, least_seconds, make_work, rates
 from bench.engines import ENGINES, EXPORTED, MODEL_FILE, Engine, Tokens
-from bench.report import ROOT
+from bench.report import ROOT, slug
 from bench.timing import Interleaved, quantiles
 from fused_transformer import Transformer, TransformerConfig, export
 from fused_transformer.checkpoint import load_model, save_model
@@ -258,8 +258,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     sys.stdout.write(table(result))
     output = parsed.output
     if output is None and not parsed.quick:
-        processor = "-".join(machine.processor().lower().split()).replace("/", "-")
-        output = RESULTS / f"{processor}_{result['date']}.json"
+        output = RESULTS / f"{slug(machine.processor())}_{result['date']}.json"
     if output is not None:
         output.parent.mkdir(parents=True, exist_ok=True)
         output.write_text(json.dumps(result, indent=1) + "\n")

@@ -16,6 +16,8 @@ from datetime import date
 from itertools import groupby
 from pathlib import Path
 
+from bench import report_ctranslate2
+
 ROOT = Path(__file__).parents[1]
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 
@@ -23,7 +25,7 @@ BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 def write_results(folder: Path, machine: dict, rooflines: dict, rows: list[dict]) -> Path:
     """Write one run as JSON; the file is named after the processor or GPU, and the day."""
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{_slug(machine.get('gpu') or machine['processor'])}_{date.today():%Y-%m-%d}.json"
+    path = folder / f"{slug(machine.get('gpu') or machine['processor'])}_{date.today():%Y-%m-%d}.json"
     head = {"machine": machine, "date": f"{date.today():%Y-%m-%d}", "rooflines": rooflines}
     parts = [f" {json.dumps(key)}: {json.dumps(value)}" for key, value in head.items()]
     lines = ",\n".join(f"  {json.dumps(row, ensure_ascii=False)}" for row in rows)  # a line a row: diffs stay readable
@@ -31,7 +33,7 @@ def write_results(folder: Path, machine: dict, rooflines: dict, rows: list[dict]
     return path
 
 
-def _slug(name: str) -> str:
+def slug(name: str) -> str:
     return re.sub(r"[^a-z0-9.]+", "-", re.sub(r"\((r|tm)\)", "", name.lower())).strip("-")
 
 
@@ -164,11 +166,11 @@ def newest(folder: Path) -> list[Path]:
     return list(latest.values())
 
 
-def update_readme(readme: Path, section: str) -> None:
+def update_readme(readme: Path, section: str, begin: str = BEGIN, end: str = END) -> None:
     text = readme.read_text()
-    if BEGIN not in text or END not in text:
-        raise ValueError(f"{readme.name} has no {BEGIN} ... {END} to write between")
-    before, after = text[: text.index(BEGIN) + len(BEGIN)], text[text.index(END) :]
+    if begin not in text or end not in text:
+        raise ValueError(f"{readme.name} has no {begin} ... {end} to write between")
+    before, after = text[: text.index(begin) + len(begin)], text[text.index(end) :]
     readme.write_text(f"{before}\n{section}\n{after}")
 
 
@@ -192,6 +194,10 @@ def main(arguments: list[str] | None = None) -> None:
         sections.append(markdown(results, figure.resolve().relative_to(options.readme.resolve().parent).as_posix()))
     if sections:
         update_readme(options.readme, "\n\n".join(sections))
+    decoding = [] if options.results or options.print else newest(ROOT / "bench" / "results" / "ctranslate2")
+    if decoding:
+        result = json.loads(decoding[-1].read_text())
+        update_readme(options.readme, report_ctranslate2.markdown(result), *report_ctranslate2.MARKS)
 
 
 if __name__ == "__main__":

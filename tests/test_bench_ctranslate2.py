@@ -8,7 +8,10 @@ import pytest
 import torch
 
 from bench import ctranslate2 as comparison
+from bench import report_ctranslate2
+from bench.ctranslate2 import RESULTS
 from bench.engines import MODEL_FILE, Fused
+from bench.report import ROOT, newest
 from fused_transformer.checkpoint import load_model
 
 pytest.importorskip("ctranslate2", reason="ctranslate2 is not installed")
@@ -100,3 +103,15 @@ def test_the_least_time_is_reading_or_multiplying():
     multiplies = comparison.least_seconds(comparison.BASE, many, "float32", {**rate, "read_bytes": 1e30})
     rows = sum(len(source) + 1 for source in many.batches[0])
     assert multiplies == pytest.approx(2 * (before * rows + step * 64 * many.length) / 1e12)
+
+
+def test_the_table_of_readme_is_of_the_committed_result():
+    files = newest(RESULTS)
+    if not files:
+        pytest.skip("no result is committed")
+    result = json.loads(files[-1].read_text())
+    text = report_ctranslate2.markdown(result)
+    assert text in (ROOT / "README.md").read_text()
+    row = result["rows"][0]
+    for name in report_ctranslate2.COLUMNS.values():
+        assert f"{row['engines'][name]['tokens_per_second']:,.0f}" in text

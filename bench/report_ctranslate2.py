@@ -1,0 +1,66 @@
+"""The comparison with CTranslate2 as README's table: written by `python -m bench.report` with the others."""
+
+from __future__ import annotations
+
+MARKS = "<!-- ctranslate2:begin -->", "<!-- ctranslate2:end -->"
+# Column heads, and the contestant that each is about.
+COLUMNS = {
+    "CTranslate2 float32": "ctranslate2 float32",
+    "ours float32": "fused float32",
+    "CTranslate2 int8": "ctranslate2 int8",
+    "ours bfloat16": "fused bfloat16",
+    "ours int8": "fused int8",
+}
+
+
+def markdown(result: dict) -> str:
+    """A row for each batch, beam size and thread count: tokens a second, and how many times CTranslate2's float32."""
+    machine = result["machine"]
+    model = result["model"]
+    lines = [
+        f"Tokens a second on {machine['processor']}, {result['date']}, CTranslate2 {machine['ctranslate2']}, "
+        f"torch {machine['torch']}: {model['num_encoder_layers']} + {model['num_decoder_layers']} layers of "
+        f"{model['d_model']}, {model['target_vocab_size']:,} subwords, random weights, exactly "
+        f"{result['rows'][0]['length']} tokens out of 8 to 60; medians of turns. In brackets: the share of the least "
+        "time that reading the weights and multiplying by them takes at this machine's own rates (above 100 %: weights "
+        "that stay in the cache).",
+        "",
+        "| work | " + " | ".join(COLUMNS) + " |",
+        "|---|" + "--:|" * len(COLUMNS),
+    ]
+    lines += [f"| {row['name']} | " + " | ".join(_cell(row, name) for name in COLUMNS.values()) + " |"
+              for row in result["rows"]]  # fmt: skip
+    lines += ["", _agreement(result["rows"]), "", _processes(result["processes"])]
+    return "\n".join(lines)
+
+
+def _cell(row: dict, name: str) -> str:
+    figures = row["engines"].get(name)
+    if figures is None:
+        return "-"
+    faster = "" if name == "ctranslate2 float32" else f", {figures['speedup']:.2f}×"
+    return f"{figures['tokens_per_second']:,.0f}{faster} ({figures['share_of_limit']:.0%})"
+
+
+def _agreement(rows: list[dict]) -> str:
+    def count(name: str, what: str) -> int:
+        return sum(row["engines"][name][what] for row in rows if name in row["engines"])
+
+    told = []
+    for title, name in COLUMNS.items():
+        if name != "ctranslate2 float32" and count(name, "sentences"):
+            told.append(f"{title} {count(name, 'same')} of {count(name, 'sentences')}")
+    return (
+        "The same translation as CTranslate2's float32 (random weights leave many tokens nearly as likely as the "
+        f"best): {'; '.join(told)}."
+    )
+
+
+def _processes(processes: dict[str, dict]) -> str:
+    told = []
+    for title, name in COLUMNS.items():
+        if name in processes:
+            own = processes[name]
+            took = own["peak_megabytes"] - own["before_megabytes"]
+            told.append(f"{title} {own['load_seconds']:.2f} s and {took:.0f} MB")
+    return f"Loading, and memory at most beyond the libraries' own: {'; '.join(told)}."
