@@ -109,6 +109,14 @@ def test_n_best_lists_have_numbers_and_falling_scores(trained, monkeypatch, caps
     assert best == rows[0][1] + "\n"
 
 
+@pytest.mark.parametrize("weights", [["--int8"], ["--weights", "bfloat16"]], ids=" ".join)
+def test_smaller_weights_translate_too(trained, monkeypatch, capsysbinary, weights):
+    model = str(trained[0] / "model")
+    status, out, err = translate(monkeypatch, capsysbinary, b"un chat\n\nun chien\n", "--model", model, *weights)
+    lines = out.splitlines()
+    assert (status, err, len(lines), lines[1]) == (0, "", 3, "") and lines[0] and lines[2]
+
+
 def test_nothing_in_nothing_out(trained, monkeypatch, capsysbinary):
     assert translate(monkeypatch, capsysbinary, b"", "--model", str(trained[0] / "model")) == (0, "", "")
 
@@ -125,8 +133,6 @@ def test_refused_translations(trained, monkeypatch, capsysbinary, tmp_path):
     assert "No such file" in refused("--model", model, "--input", str(tmp_path / "nowhere"))
     assert "standard input: line 1 is not valid UTF-8" in refused("--model", model, text=b"\xff\xfe\n")
     assert "top_beams must be between 1 and beam_size (4), got 5" in refused("--model", model, "--top-beams", "5")
-    assert "weights 'int8' need an inference engine" in refused("--model", model, "--int8")
-    assert "weights 'bfloat16' need an inference engine" in refused("--model", model, "--weights", "bfloat16")
     assert "--chunk must be positive" in refused("--model", model, "--chunk", "0")
     assert "length_penalty must be finite" in refused("--model", model, "--length-penalty", "-1")
     damaged = tmp_path / "damaged.safetensors"
