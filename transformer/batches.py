@@ -62,9 +62,10 @@ class Corpus:
     Args:
         source, target: token numbers of each sentence, without bos and eos.
         padding_idx, bos_idx, eos_idx: the special tokens.
+        lines: where in a text each pair is from, for messages; default: 1, 2 ... N.
 
     Raises:
-        ValueError: source and target differ in number.
+        ValueError: source, target and lines differ in number.
     """
 
     def __init__(
@@ -75,9 +76,13 @@ class Corpus:
         padding_idx: int = 0,
         bos_idx: int = 1,
         eos_idx: int = 2,
+        lines: Sequence[int] | None = None,
     ) -> None:
         if len(source) != len(target):
             raise ValueError(f"source and target must have equally many sentences, got {len(source)} and {len(target)}")
+        if lines is not None and len(lines) != len(source):
+            raise ValueError(f"lines must have a number for each of {len(source)} pairs, got {len(lines)}")
+        self.lines = torch.arange(1, len(source) + 1) if lines is None else torch.tensor(lines, dtype=torch.int64)
         self.padding_idx = padding_idx
         self.source = Ragged([[*s, eos_idx] for s in source])
         self.target = Ragged([[bos_idx, *t, eos_idx] for t in target])

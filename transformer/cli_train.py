@@ -60,6 +60,9 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--average", type=int, default=5, help="validations to average at the end (default: %(default)s)")
     run.add_argument("--bleu-sentences", type=int, default=1000, help="most held-out sentences that are translated "
                      "for BLEU, greedily (default: %(default)s)")  # fmt: skip
+    run.add_argument("--compile", action="store_true", help="put the layers through torch.compile")
+    run.add_argument("--checkpoint-activations", action="store_true", help="compute the layers' activations twice "
+                     "instead of keeping them: less memory, the same numbers")  # fmt: skip
     run.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
     run.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
     presets.add_arguments(parser)
@@ -86,7 +89,13 @@ def _train(options: argparse.Namespace) -> int:
         torch.manual_seed(settings["seed"])
         model = Transformer(presets.model_config(settings, len(tokenizer)))
     corpus = _corpus(source, target, tokenizer, settings, options.source)
-    trainer = Trainer(model.to(options.device), corpus, presets.training_options(settings))
+    trainer = Trainer(
+        model.to(options.device),
+        corpus,
+        presets.training_options(settings),
+        compile=options.compile,
+        checkpoint_activations=options.checkpoint_activations,
+    )
     folder.mkdir(parents=True, exist_ok=True)
     run = TrainingRun(
         trainer,
@@ -133,12 +142,12 @@ def _corpus(
     """The pairs that can be trained on; says how many can't."""
     pairs = list(zip(tokenizer.encode(source), tokenizer.encode(target), strict=True))
     longest = min(settings["max_length"], settings["max_tokens"] - 2)  # bos and eos need room in a batch too
-    fitting = [(s, t) for s, t in pairs if s and t and len(s) <= longest and len(t) <= longest]
+    fitting = [(i, s, t) for i, (s, t) in enumerate(pairs, 1) if s and t and max(len(s), len(t)) <= longest]
     if not fitting:
         raise ValueError(f"{name} and its translation have no pair of 1 to {longest} subwords a side")
     if len(fitting) < len(pairs):
         print(f"left out {len(pairs) - len(fitting)} of {len(pairs)} pairs: empty, or over {longest} subwords")
-    return Corpus([s for s, _ in fitting], [t for _, t in fitting])
+    return Corpus([s for _, s, _ in fitting], [t for _, _, t in fitting], lines=[i for i, _, _ in fitting])
 
 
 def _validation(

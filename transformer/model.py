@@ -13,6 +13,7 @@ from fused_transformer.add_norm import AddLayerNorm
 from fused_transformer.config import TransformerConfig
 from fused_transformer.embedding import TokenEmbedding
 from fused_transformer.incremental import DecoderState
+from fused_transformer.layer_running import run_layer
 from fused_transformer.layers import DecoderLayer, EncoderLayer
 from fused_transformer.masks import lengths_if_padded_right, real_lengths
 from fused_transformer.packing import pack_memory, packing_if_worth_it
@@ -32,6 +33,7 @@ class Encoder(nn.Module):
         super().__init__()
         self.layers = nn.ModuleList(EncoderLayer(**options) for _ in range(num_layers))
         self.norm = _final_norm(**options)
+        self.checkpoint_activations = False  # see layer_running.checkpoint_activations
 
     def forward(self, x: Tensor, lengths: Tensor | None = None) -> Tensor:
         """x (B, S, E) and the real tokens of each sequence, lengths (B,), to (B, S, E).
@@ -43,7 +45,7 @@ class Encoder(nn.Module):
         if packing is not None:
             x, options = packing.pack(x), {"offsets": packing.offsets}
         for layer in self.layers:
-            x, residual = layer(x, **options, residual=residual, chained=True)
+            x, residual = run_layer(layer, self.checkpoint_activations, x, **options, residual=residual, chained=True)
         x = x if self.norm is None else self.norm(x, residual)
         return x if packing is None else packing.unpack(x)
 
@@ -58,6 +60,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.layers = nn.ModuleList(DecoderLayer(**options) for _ in range(num_layers))
         self.norm = _final_norm(**options)
+        self.checkpoint_activations = False  # see layer_running.checkpoint_activations
 
     def forward(
         self,
@@ -76,7 +79,9 @@ class Decoder(nn.Module):
             memory, memory_offsets = pack_memory(memory, memory_lengths)
             x, options = packing.pack(x), {"offsets": packing.offsets, "memory_offsets": memory_offsets}
         for layer in self.layers:
-            x, residual = layer(x, memory, **options, residual=residual, chained=True)
+            x, residual = run_layer(
+                layer, self.checkpoint_activations, x, memory, **options, residual=residual, chained=True
+            )
         x = x if self.norm is None else self.norm(x, residual)
         return x if packing is None else packing.unpack(x)
 

@@ -7,7 +7,7 @@ from dataclasses import fields
 from typing import Any
 
 from fused_transformer.config import TransformerConfig
-from fused_transformer.training import TrainingOptions
+from fused_transformer.training_options import PRECISIONS, TrainingOptions
 
 Settings = dict[str, Any]
 
@@ -30,10 +30,12 @@ TEXT = {
 }
 TRAINING = {
     "max_tokens": (int, "of a batch on each side, padding included"),
+    "accumulate": (int, "batches that make one step, shared by all processes"),
     "warmup_steps": (int, "steps until the highest learning rate"),
     "learning_rate_factor": (float, "scales the learning rate"),
     "label_smoothing": (float, "share of the target spread over all subwords"),
     "clip_norm": (float, "longest gradient; 0: no limit"),
+    "precision": (str, "what products are computed in; float16 is for GPUs"),
     "pool_size": (int, "sentence pairs sorted by length together"),
     "seed": (int, "of weights, dropout and order"),
 }
@@ -85,7 +87,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         group = parser.add_argument_group(title)
         for name, (kind, what) in table.items():
             presets = ", ".join(f"{preset} {PRESETS[preset][name]}" for preset in PRESETS)
-            group.add_argument(_option(name), type=kind, help=f"{what} ({presets})")
+            choices = PRECISIONS if name == "precision" else None
+            group.add_argument(_option(name), type=kind, choices=choices, help=f"{what} ({presets})")
 
 
 def chosen(arguments: argparse.Namespace, saved: Settings | None = None) -> Settings:
@@ -95,6 +98,8 @@ def chosen(arguments: argparse.Namespace, saved: Settings | None = None) -> Sett
         ValueError: an argument differs from what the training was begun with; the message names each.
     """
     names = [name for table in GROUPS.values() for name in table]
+    if saved is not None:  # what older checkpoints do not know was as it is by default
+        saved = {**{field.name: field.default for field in fields(TrainingOptions)}, **saved}
     given = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
     if saved is None:
         return {**PRESETS[arguments.preset or "base"], **given}

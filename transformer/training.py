@@ -2,59 +2,28 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
+import hashlib
+import math
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
+from fused_transformer import layer_running
 from fused_transformer.batches import Batch, Corpus, TokenBatches
 from fused_transformer.decoding import evaluating
 from fused_transformer.loss import smoothed_cross_entropy
 from fused_transformer.model import Transformer
+from fused_transformer.not_finite import NotFiniteError
+from fused_transformer.processes import Processes
 from fused_transformer.schedule import NoamLR
+from fused_transformer.training_options import PRECISIONS, TrainingOptions
 
-
-@dataclass(frozen=True, kw_only=True)
-class TrainingOptions:
-    """What decides the course of a training, beside model and text; the defaults are the paper's.
-
-    Args:
-        max_tokens: of a batch on each side, padding included.
-        warmup_steps, learning_rate_factor: of the schedule, see `NoamLR`.
-        label_smoothing: ε, in torch's convention, see `smoothed_cross_entropy`.
-        clip_norm: the gradient's norm is cut to this; 0 leaves it.
-        pool_size: sentences sorted by length together, see `TokenBatches`.
-        seed: of weights, dropout and the order of the batches.
-
-    Raises:
-        ValueError: a number out of range.
-    """
-
-    max_tokens: int = 25000
-    warmup_steps: int = 4000
-    learning_rate_factor: float = 1.0
-    label_smoothing: float = 0.1
-    clip_norm: float = 1.0
-    pool_size: int = 8192
-    seed: int = 1
-
-    def __post_init__(self) -> None:
-        for name in ("max_tokens", "warmup_steps", "learning_rate_factor", "pool_size"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
-        if not 0.0 <= self.label_smoothing < 1.0:
-            raise ValueError(f"label_smoothing must be at least 0 and below 1, got {self.label_smoothing}")
-        if not self.clip_norm >= 0.0:
-            raise ValueError(f"clip_norm must not be negative, got {self.clip_norm}")
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-    def differences(self, other: TrainingOptions) -> list[str]:
-        """ "name: mine, theirs" for each option that differs."""
-        pairs = [(f.name, getattr(self, f.name), getattr(other, f.name)) for f in fields(self)]
-        return [f"{name}: {mine}, {theirs}" for name, mine, theirs in pairs if mine != theirs]
+SMALLEST_SCALE = 2.0**-10  # of a float16 loss; gradients that overflow even so are not the scale's fault
 
 
 def batch_loss(model: Transformer, batch: Batch, label_smoothing: float) -> Tensor:
@@ -82,52 +51,153 @@ def mean_loss(model: Transformer, corpus: Corpus, batches: list[Tensor], label_s
     return total / max(tokens, 1)
 
 
+class _Loss(nn.Module):
+    """A batch to its loss, as a module of its own: what DistributedDataParallel can wrap."""
+
+    def __init__(self, model: Transformer, label_smoothing: float) -> None:
+        super().__init__()
+        self.model, self.label_smoothing = model, label_smoothing
+
+    def forward(self, *batch: Tensor) -> Tensor:
+        return batch_loss(self.model, Batch(*batch), self.label_smoothing)
+
+
 class Trainer:
     """Model, optimizer, schedule and batches, one `train_step` at a time.
 
     Adam with β = (0.9, 0.98), ε = 1e-9 and `NoamLR`, as the paper; the gradient's norm is clipped.
 
+    Dropout's numbers follow from the seed and a batch's place in the order of all batches: torch's generators are left
+    alone, and a resumed training, or one on another number of processes, draws the same.
+
     Args:
         model: trained in place, on the device it is on.
         corpus: the sentence pairs.
         options: see `TrainingOptions`.
+        processes: those that share the batches of each step; default: this one alone.
+        compile: the layers go through torch.compile.
+        checkpoint_activations: the layers compute their activations twice instead of keeping them.
 
-    Source: Vaswani et al. 2017, section 5.
+    Attributes:
+        step, tokens: steps done, and the target tokens they saw.
+        grad_norm: the gradient's norm in the last step, ahead of clipping.
+
+    Raises:
+        ValueError: precision "float16" on a CPU.
+
+    Source: Vaswani et al. 2017, section 5; the scaled loss: Micikevicius et al. 2018, arXiv:1710.03740.
     """
 
-    def __init__(self, model: Transformer, corpus: Corpus, options: TrainingOptions) -> None:
+    def __init__(
+        self,
+        model: Transformer,
+        corpus: Corpus,
+        options: TrainingOptions,
+        *,
+        processes: Processes | None = None,
+        compile: bool = False,
+        checkpoint_activations: bool = False,
+    ) -> None:
         self.model, self.corpus, self.options = model, corpus, options
-        self.step = 0
-        self.tokens = 0  # of the target, seen so far
+        self.processes = processes or Processes()
+        self.step, self.tokens, self.grad_norm = 0, 0, 0.0
         self.device = next(model.parameters()).device
+        _check_precision(options.precision, self.device)
         self.optimizer = torch.optim.Adam(model.parameters(), betas=(0.9, 0.98), eps=1e-9, fused=True)
         self.schedule = NoamLR(self.optimizer, model.config.d_model, options.warmup_steps, options.learning_rate_factor)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=options.precision == "float16")
         self.batches = TokenBatches(corpus, options.max_tokens, pool_size=options.pool_size, seed=options.seed)
+        layer_running.checkpoint_activations(model, checkpoint_activations)
+        if compile:
+            layer_running.compile_layers(model)
+        self._loss = self.processes.replicated(_Loss(model, options.label_smoothing))
 
     def train_step(self) -> float:
-        """One batch, one step of the optimizer; the loss ahead of it.
+        """`accumulate` batches, one step of the optimizer; the mean loss of their target tokens ahead of it.
+
+        A float16 step whose scaled gradients overflow is left out, the scale is halved, and `step` stays what it was.
 
         Raises:
-            FloatingPointError: the loss is not finite; the weights are as they were.
+            NotFiniteError: the loss or its gradient is not finite; the weights are as they were.
         """
         self.model.train()
-        batch = self.corpus.batch(next(self.batches)).to(self.device)
-        loss = batch_loss(self.model, batch, self.options.label_smoothing)
-        value = loss.item()
-        if value != value or value in (float("inf"), float("-inf")):
-            raise FloatingPointError(f"the loss became {value} at step {self.step + 1}; try a lower learning rate")
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        if self.options.clip_norm:
-            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.options.clip_norm)
-        self.optimizer.step()
-        self.schedule.step()
-        self.step += 1
-        self.tokens += int(batch.target_lengths.sum())
+        pieces = self.processes.pieces([next(self.batches) for _ in range(self.options.accumulate)])
+        counts = [int((self.corpus.target.lengths[rows] - 1).sum()) for rows in pieces]
+        value = self._accumulate(pieces, counts)
+        if self._update(pieces):
+            self.schedule.step()
+            self.step += 1
+            self.tokens += sum(counts)
         return value
 
+    def _accumulate(self, pieces: list[Tensor], counts: list[int]) -> float:
+        """The gradient of the mean loss over the target tokens of all pieces, `counts` of each; that mean."""
+        own = [i for i in range(self.processes.rank, len(pieces), self.processes.world) if counts[i]]
+        weights = [counts[i] / sum(counts) for i in own]
+        if not own:  # the others' gradients wait for this process's: any piece will do, and counts nothing
+            own, weights = [next(i for i, count in enumerate(counts) if count)], [0.0]
+        losses = torch.stack(
+            [self._backward(i, pieces[i], weight, last=i == own[-1]) for i, weight in zip(own, weights, strict=True)]
+        ).tolist()  # the one time that the host waits for a GPU's losses
+        (value,) = self.processes.sums([sum(loss * weight for loss, weight in zip(losses, weights, strict=True))])
+        if not math.isfinite(value):
+            found = [(pieces[i], loss) for i, loss in zip(own, losses, strict=True) if not math.isfinite(loss)]
+            found = [pair for pairs in self.processes.gathered(found) for pair in pairs]
+            raise self._not_finite(f"the loss became {found[0][1] if found else value}", [rows for rows, _ in found])
+        return value
+
+    def _backward(self, index: int, rows: Tensor, weight: float, last: bool) -> Tensor:
+        """Add the gradient of the rows' mean loss times weight; that loss. Processes meet in their last."""
+        batch = self.corpus.batch(rows).to(self.device)
+        dtype = PRECISIONS[self.options.precision]
+        alone: AbstractContextManager = nullcontext()
+        if isinstance(self._loss, DistributedDataParallel):
+            weight *= self.processes.world  # it takes the mean over the processes, and the sum is wanted
+            if not last:
+                alone = self._loss.no_sync()
+        with self._drawing(index), alone:
+            with torch.autocast(self.device.type, dtype=dtype, enabled=dtype != torch.float32):
+                loss = self._loss(*batch)
+            self.scaler.scale(loss * weight).backward()
+        return loss.detach()
+
+    @contextmanager
+    def _drawing(self, index: int) -> Iterator[None]:
+        """Random numbers for piece `index` of this step, from its place; afterwards the generators are as before."""
+        place = f"{self.options.seed} {self.batches.epoch} {self.batches.position} {index}"
+        seed = int.from_bytes(hashlib.blake2b(place.encode(), digest_size=8).digest(), "little")
+        gpus = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(gpus):
+            torch.default_generator.manual_seed(seed)
+            for gpu in gpus:
+                with torch.cuda.device(gpu):
+                    torch.cuda.manual_seed(seed)
+            yield
+
+    def _update(self, pieces: list[Tensor]) -> bool:
+        """One step of the optimizer by the gradient there is; False if float16's overflowed and it was left out."""
+        self.scaler.unscale_(self.optimizer)
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        norm = get_total_norm(gradients)
+        self.grad_norm = norm.item()
+        scale = self.scaler.get_scale()
+        if not math.isfinite(self.grad_norm) and (not self.scaler.is_enabled() or scale < SMALLEST_SCALE):
+            raise self._not_finite(f"the gradient's norm became {self.grad_norm}", pieces)
+        if self.options.clip_norm:
+            clip_grads_with_norm_(self.model.parameters(), self.options.clip_norm, norm)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        return self.scaler.get_scale() >= scale
+
+    def _not_finite(self, what: str, pieces: list[Tensor]) -> NotFiniteError:
+        return NotFiniteError(what, self.step + 1, self.corpus.lines[torch.cat(pieces)].tolist())
+
     def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """What, with the model's weights, decides every later step: JSON-ready values, and tensors."""
+        """What, with the model's weights, decides every later step: JSON-ready values, and tensors.
+
+        The state of the random numbers is the seed, among the options, and where in the order of the batches it is.
+        """
         optimizer = self.optimizer.state_dict()
         names = [name for name, _ in self.model.named_parameters()]
         tensors = {
@@ -135,9 +205,6 @@ class Trainer:
             for i, entries in optimizer["state"].items()
             for key, value in entries.items()
         }
-        tensors["random.cpu"] = torch.get_rng_state()
-        if self.device.type == "cuda":
-            tensors["random.cuda"] = torch.cuda.get_rng_state(self.device)
         values = {
             "step": self.step,
             "tokens": self.tokens,
@@ -145,6 +212,7 @@ class Trainer:
             "batches": self.batches.state_dict(),
             "schedule": self.schedule.state_dict(),
             "groups": optimizer["param_groups"],
+            "scaler": self.scaler.state_dict(),
         }
         return values, tensors
 
@@ -170,8 +238,12 @@ class Trainer:
             self.schedule.load_state_dict(values["schedule"])
             self.batches.load_state_dict(values["batches"])
             self.step, self.tokens = int(values["step"]), int(values["tokens"])
-            torch.set_rng_state(tensors["random.cpu"])
-            if self.device.type == "cuda" and "random.cuda" in tensors:
-                torch.cuda.set_rng_state(tensors["random.cuda"], self.device)
+            if self.scaler.is_enabled():
+                self.scaler.load_state_dict(values["scaler"])
         except KeyError as error:
             raise ValueError(f"the training state is not whole: it has no {error.args[0]!r}") from None
+
+
+def _check_precision(precision: str, device: torch.device) -> None:
+    if precision == "float16" and device.type != "cuda":
+        raise ValueError(f"precision float16 is for GPUs, and the model is on {device}: bfloat16 is for both")

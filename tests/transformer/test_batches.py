@@ -118,5 +118,7 @@ def test_refused_arguments():
         TokenBatches(corpus, 10, pool_size=0)
     with pytest.raises(ValueError, match="equally many sentences, got 1 and 2"):
         Corpus([[5]], [[5], [6]])
+    with pytest.raises(ValueError, match="lines must have a number for each of 1 pairs, got 2"):
+        Corpus([[5]], [[5]], lines=[1, 2])
     with pytest.raises(ValueError, match="epoch 0 has 1 batches, so none at 9"):
         TokenBatches(corpus, 10).load_state_dict({"epoch": 0, "position": 9})
