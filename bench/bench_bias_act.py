@@ -1,7 +1,6 @@
 """Bias, activation and dropout in one pass against the chain written without a fused op, and torch.compile of it.
 
 Bytes forward: x read, y written. With the gradient: also the upstream gradient and y (GELU: x) read, and dx written.
-On a CPU the fused op is its reference, in plain torch, and dropout is left out, whose bits that draws one by one.
 """
 
 from __future__ import annotations
@@ -78,7 +77,7 @@ def bench_bias_act_forward_backward(compare, shape, device):
 def bench_bias_act_dropout(compare, shape, device):
     """In training: dropout of 0.1. The masks differ, so what is compared is the share of zeros, and what is left."""
     args, activation = make(shape, device), shape.activation
-    if not has_kernel(args[0], activation):
+    if not has_kernel(args[0], activation, DROPOUT):
         pytest.skip("no kernel takes these tensors, and a model would call torch's own dropout")
     plain = chain(*args, activation=activation).float()
     zeros = (plain == 0).float().mean().item()

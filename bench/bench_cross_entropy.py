@@ -1,7 +1,7 @@
 """Cross entropy with label smoothing against log_softmax written out, F.cross_entropy and torch.compile of it.
 
 Bytes: the logits read; with the gradient also read again, and their gradient written. Logits of 16 bits are taken in
-float32 by all, as a training that is to converge does. On a CPU the fused op is its reference, in plain torch.
+float32 by all, as a training that is to converge does.
 """
 
 from __future__ import annotations

@@ -42,8 +42,7 @@ def test_the_table_says_yes_or_why_not_for_every_op_and_backend(capsys):
 
 def test_cpu_and_reference_serve_every_op_here():
     assert {name for name in OPS if info.unavailable(name, "reference")} == set()
-    without_cpu_kernels = {"bias_act", "cross_entropy"}  # models call torch's own functions in their place
-    assert {name for name in OPS if info.unavailable(name, "cpu")} == without_cpu_kernels
+    assert {name for name in OPS if info.unavailable(name, "cpu")} == set()
 
 
 def test_a_gpu_backend_without_a_gpu_is_no_yes(monkeypatch):

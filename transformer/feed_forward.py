@@ -57,11 +57,11 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         hidden = self.linear1(x)  # with its bias, which a matrix product adds for nothing
-        if self.activation in FUSED and has_kernel(hidden, self.activation):
-            dropout_p = self.dropout if self.training else 0.0
+        dropout_p = self.dropout if self.training else 0.0
+        if self.activation in FUSED and has_kernel(hidden, self.activation, dropout_p):
             hidden = bias_act(hidden, activation=self.activation, dropout_p=dropout_p)
         else:
-            hidden = F.dropout(ACTIVATIONS[self.activation](hidden), self.dropout, self.training)
+            hidden = F.dropout(ACTIVATIONS[self.activation](hidden), dropout_p, self.training)
         return self.linear2(hidden)
 
     def extra_repr(self) -> str:

@@ -67,7 +67,7 @@ def smoothed_cross_entropy(
 
 
 def _torchs(logits: Tensor, targets: Tensor, label_smoothing: float, convention: str, padding_idx: int) -> Tensor:
-    """The sum of the losses by torch's own function: on a CPU the op has no kernel, and torch.compile fuses this."""
+    """The sum of the losses by torch's own function, where no kernel takes the logits; torch.compile fuses this."""
     vocabulary = logits.shape[-1]
     if convention == "tensor2tensor" and vocabulary > 1:
         # ε' of torch's convention with ε'/V = ε/(V - 1): then 1 - ε' + ε'/V = 1 - ε, the same distribution.

@@ -177,13 +177,6 @@ FT_INLINE bool load_rows(const T* in, int64_t stride, int64_t rows, int D, float
   return load_rows(in, stride, rows, D, factor, out, ld, in, stride);
 }
 
-template <class F>
-FT_INLINE void with_storage(DType dtype, F&& f) {  // dispatch() of dtype.h, without its std:: error path
-  if (dtype == DType::f32) return f(Tag<float>{});
-  if (dtype == DType::f16) return f(Tag<f16>{});
-  return f(Tag<bf16>{});
-}
-
 // Keys j0 ... j0 + count of one sequence, as float32 rows of `ld`.
 struct KeyBlock {
   int64_t j0;

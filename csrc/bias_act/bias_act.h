@@ -9,7 +9,7 @@
 //
 // Tensors are M rows of N contiguous elements; inputs have any row stride (in elements; 0 repeats a row), outputs lie
 // dense. Storage is `dtype`; bias is `bias_dtype`, which is dtype or f32. All arithmetic is float32, rounded once.
-// Dropout: common/row_dropout.cuh, row = 0 ... M - 1, col = 0 ... N - 1; what it drops is 0 whatever it was.
+// Dropout: common/row_dropout.h, row = 0 ... M - 1, col = 0 ... N - 1; what it drops is 0 whatever it was.
 
 #include <cstdint>
 
@@ -17,7 +17,7 @@
 
 namespace fused {
 
-// The numbers are the contract with kernels/bias_act/cuda.py.
+// The numbers are the contract with kernels/bias_act/native.py.
 enum class Activation : int { relu = 0, gelu = 1, gelu_tanh = 2 };
 
 struct BiasActForward {
@@ -56,6 +56,11 @@ struct BiasActBackward {
   Activation activation;
   DType dtype, bias_dtype;
 };
+
+namespace cpu {
+void bias_act_forward(const BiasActForward& args);
+void bias_act_backward(const BiasActBackward& args);
+}  // namespace cpu
 
 namespace cuda {
 void bias_act_forward(const BiasActForward& args, void* stream);

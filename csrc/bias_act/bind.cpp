@@ -1,5 +1,5 @@
 // Python's door to bias_act: addresses become pointers, and the interpreter runs on meanwhile. The arguments are the
-// fields of BiasActForward and BiasActBackward, in their order; kernels/bias_act/cuda.py passes them.
+// fields of BiasActForward and BiasActBackward, in their order; kernels/bias_act/native.py passes them.
 
 #include "../common/bind.h"
 #include "bias_act.h"
@@ -7,8 +7,6 @@
 namespace py = pybind11;
 
 namespace fused {
-
-#ifdef FUSED_WITH_CUDA
 namespace {
 
 BiasActForward forward_args(uintptr_t x, int64_t x_stride, uintptr_t bias, uintptr_t seed, uintptr_t y, int64_t M,
@@ -52,11 +50,12 @@ BiasActBackward backward_args(uintptr_t dy, int64_t dy_stride, uintptr_t saved, 
 }
 
 }  // namespace
-#endif
 
-void register_bias_act([[maybe_unused]] py::module_& m) {
-#ifdef FUSED_WITH_CUDA
+void register_bias_act(py::module_& m) {
   using release = py::call_guard<py::gil_scoped_release>;
+  m.def("bias_act_forward", on_cpu(&forward_args, &cpu::bias_act_forward), release());
+  m.def("bias_act_backward", on_cpu(&backward_args, &cpu::bias_act_backward), release());
+#ifdef FUSED_WITH_CUDA
   m.def("bias_act_forward_cuda", on_cuda(&forward_args, &cuda::bias_act_forward), release());
   m.def("bias_act_backward_cuda", on_cuda(&backward_args, &cuda::bias_act_backward), release());
 #endif

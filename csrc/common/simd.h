@@ -122,6 +122,14 @@ FT_INLINE void from_float(float x, bf16& out) {
 }
 FT_INLINE void from_float(float x, f16& out) { out.bits = float_to_half_bits(x); }
 
+// dispatch() of dtype.h without its error path, whose std:: code is not to be compiled here.
+template <class F>
+FT_INLINE void with_storage(DType dtype, F&& f) {
+  if (dtype == DType::f32) return f(Tag<float>{});
+  if (dtype == DType::f16) return f(Tag<f16>{});
+  return f(Tag<bf16>{});
+}
+
 // ---------------------------------------------------------------- vector loads and stores
 
 FT_INLINE Vec load(const float* p) { return load_raw<Vec>(p); }

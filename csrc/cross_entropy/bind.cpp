@@ -1,6 +1,6 @@
 // Python's door to cross entropy: addresses become pointers, and the interpreter runs on meanwhile. The arguments are
-// the fields of CrossEntropyForward and CrossEntropyBackward, in their order; kernels/cross_entropy/cuda.py passes
-// them.
+// the fields of CrossEntropyForward and CrossEntropyBackward, in their order; kernels/cross_entropy/native.py
+// passes them.
 
 #include "../common/bind.h"
 #include "cross_entropy.h"
@@ -8,8 +8,6 @@
 namespace py = pybind11;
 
 namespace fused {
-
-#ifdef FUSED_WITH_CUDA
 namespace {
 
 CrossEntropyForward forward_args(uintptr_t logits, int64_t logits_stride, uintptr_t targets, uintptr_t losses,
@@ -44,11 +42,12 @@ CrossEntropyBackward backward_args(uintptr_t dlosses, int64_t dlosses_stride, ui
 }
 
 }  // namespace
-#endif
 
-void register_cross_entropy([[maybe_unused]] py::module_& m) {
-#ifdef FUSED_WITH_CUDA
+void register_cross_entropy(py::module_& m) {
   using release = py::call_guard<py::gil_scoped_release>;
+  m.def("cross_entropy_forward", on_cpu(&forward_args, &cpu::cross_entropy_forward), release());
+  m.def("cross_entropy_backward", on_cpu(&backward_args, &cpu::cross_entropy_backward), release());
+#ifdef FUSED_WITH_CUDA
   m.def("cross_entropy_forward_cuda", on_cuda(&forward_args, &cuda::cross_entropy_forward), release());
   m.def("cross_entropy_backward_cuda", on_cuda(&backward_args, &cuda::cross_entropy_backward), release());
 #endif

@@ -50,6 +50,11 @@ struct CrossEntropyBackward {
   DType dtype;
 };
 
+namespace cpu {
+void cross_entropy_forward(const CrossEntropyForward& args);
+void cross_entropy_backward(const CrossEntropyBackward& args);
+}  // namespace cpu
+
 namespace cuda {
 void cross_entropy_forward(const CrossEntropyForward& args, void* stream);
 void cross_entropy_backward(const CrossEntropyBackward& args, void* stream);

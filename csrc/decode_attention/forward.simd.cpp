@@ -25,13 +25,6 @@ FT_INLINE int64_t keys_of(const DecodeAttention& args, int64_t b) {
   return args.lengths.data == nullptr ? args.C : at(args.lengths, b);
 }
 
-template <class F>
-FT_INLINE void with_storage(DType dtype, F&& f) {  // dispatch() of dtype.h, without its std:: error path
-  if (dtype == DType::f32) return f(Tag<float>{});
-  if (dtype == DType::f16) return f(Tag<f16>{});
-  return f(Tag<bf16>{});
-}
-
 template <class T>
 FT_INLINE T* element(const DecodeAttention::Tensor& x, int64_t i0, int64_t i1, int64_t i2) {
   return static_cast<T*>(x.data) + i0 * x.stride[0] + i1 * x.stride[1] + i2 * x.stride[2];

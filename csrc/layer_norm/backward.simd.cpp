@@ -17,10 +17,6 @@ FT_INLINE T* row_of(Pointer* tensor, int64_t row, int64_t stride) {
   return tensor ? static_cast<T*>(tensor) + row * stride : nullptr;
 }
 
-FT_INLINE void accumulate(float* sums, int64_t i, int count, Vec v) {
-  store(sums + i, load(sums + i, count) + v, count);
-}
-
 // The float32 rows that a group of rows adds to; nullptr where the gradient is not asked for.
 struct Sums {
   float* dweight;
@@ -83,20 +79,6 @@ void backward_part(const LayerNormBackward& args, const RowDropout* dropout, int
   stream_fence();
 }
 
-// One vector of columns of a sum over rows: the parts in order, with what each addition rounds away carried on
-// (Kahan), so that the number of parts does not show in the result.
-template <class P>
-FT_INLINE void add_parts(const LayerNormBackward& args, const float* partial, void* out, int64_t i, int count) {
-  Vec sum{}, lost{};
-  for (int64_t part = 0; part < args.parts; ++part) {
-    const Vec term = load(partial + part * args.N + i, count) - lost;
-    const Vec next = sum + term;
-    lost = (next - sum) - term;
-    sum = next;
-  }
-  store(static_cast<P*>(out) + i, sum, count);
-}
-
 void finish_sums(const LayerNormBackward& args) {
   const int64_t vectors = (args.N + kWidth - 1) / kWidth;
   dispatch(args.param_dtype, [&](auto tag) {
@@ -104,9 +86,9 @@ void finish_sums(const LayerNormBackward& args) {
     parallel_for(vectors, 3 * args.parts * args.N, [&](int64_t vector) {
       const int64_t i = vector * kWidth;
       const int count = args.N - i < kWidth ? int(args.N - i) : kWidth;
-      if (args.dweight) add_parts<P>(args, args.partial_dweight, args.dweight, i, count);
-      if (args.dbias) add_parts<P>(args, args.partial_dbias, args.dbias, i, count);
-      if (args.dx_bias) add_parts<P>(args, args.partial_dx_bias, args.dx_bias, i, count);
+      if (args.dweight) add_parts(args.partial_dweight, args.parts, args.N, static_cast<P*>(args.dweight), i, count);
+      if (args.dbias) add_parts(args.partial_dbias, args.parts, args.N, static_cast<P*>(args.dbias), i, count);
+      if (args.dx_bias) add_parts(args.partial_dx_bias, args.parts, args.N, static_cast<P*>(args.dx_bias), i, count);
     });
   });
 }

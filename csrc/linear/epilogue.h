@@ -2,6 +2,7 @@
 // What is done with the sums of a product before they are stored: y = activation(sum + bias) + residual. And the tasks
 // that a product is cut into. Included by linear/*.simd.cpp.
 
+#include "../common/gelu.h"
 #include "../common/parallel.h"
 #include "../common/simd.h"
 #include "linear.h"
@@ -9,24 +10,6 @@
 namespace fused::cpu::FT_ISA {
 
 FT_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-
-// x Phi(x). The tail of Phi is e^(-x^2 / 2) t P(t) with t = 1 / (1 + 0.3 |x|), its relative error below 4e-7: P was
-// fitted to it on 0 <= |x| <= 14 by reweighted least squares.
-FT_INLINE Vec gelu(Vec x) {
-  const Vec size = x < 0.0f ? -x : x, t = splat(1.0f) / (splat(1.0f) + splat(0.3f) * size);
-  Vec p = splat(-0.020613018423318863f);
-  p = p * t + splat(0.1123768538236618f);
-  p = p * t + splat(-0.22807015478610992f);
-  p = p * t + splat(0.19158537685871124f);
-  p = p * t + splat(-0.07925055921077728f);
-  p = p * t + splat(0.096059650182724f);
-  p = p * t + splat(0.07842491567134857f);
-  p = p * t + splat(0.11022747308015823f);
-  p = p * t + splat(0.11957282572984695f);
-  p = p * t + splat(0.11968663334846497f);
-  const Vec tail = exp(splat(-0.5f) * x * x) * (p * t);
-  return x < 0.0f ? (tail == 0.0f ? Vec{} : x * tail) : x - (tail == 0.0f ? Vec{} : x * tail);  // inf: not inf * 0
-}
 
 FT_INLINE Vec activated(Activation activation, Vec x) {
   if (activation == Activation::relu) return x < 0.0f ? Vec{} : x;  // NaN stays NaN

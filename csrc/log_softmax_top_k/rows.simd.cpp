@@ -14,13 +14,6 @@ namespace {
 constexpr int kBlock = 1024;  // logits of a block, and
 constexpr int kGroup = 8;     // vectors of a group that is looked at as one
 
-template <class F>
-FT_INLINE void with_storage(DType dtype, F&& f) {  // dispatch() of dtype.h, without its std:: error path
-  if (dtype == DType::f32) return f(Tag<float>{});
-  if (dtype == DType::f16) return f(Tag<f16>{});
-  return f(Tag<bf16>{});
-}
-
 FT_INLINE bool any(IVec yes) {
   int32_t lane[kWidth], all = 0;
   store_raw(lane, yes);

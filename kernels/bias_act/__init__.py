@@ -9,7 +9,7 @@ from torch.autograd import forward_ad
 from fused_transformer.kernels._autograd import once_differentiable
 from fused_transformer.kernels._checks import require_dropout
 from fused_transformer.kernels._compile import routed
-from fused_transformer.kernels._dispatch import Op
+from fused_transformer.kernels._dispatch import Op, forced_backend
 from fused_transformer.kernels._philox import new_seed
 from fused_transformer.kernels.bias_act import compiled
 from fused_transformer.kernels.bias_act.checks import ACTIVATIONS, check
@@ -92,8 +92,14 @@ def bias_act(
     return op.pick(*arguments).forward(*arguments)
 
 
-def has_kernel(x: Tensor, activation: str) -> bool:
-    """Whether a kernel takes x here. On a CPU there is none yet, and the reference draws dropout's bits in plain torch:
-    torch's own activation and dropout then are the better choice. Inside torch.compile too, which fuses them itself.
+def has_kernel(x: Tensor, activation: str, dropout_p: float = 0.0) -> bool:
+    """Whether a kernel takes x here and is the better choice beside torch's own activation and dropout.
+
+    It is not inside torch.compile, which fuses them itself; nor on a CPU for ReLU or the exact GELU alone, since one
+    pass of torch's is as quick as one of ours. The backend that `use_backend` forces is taken at its word.
     """
-    return not torch.compiler.is_compiling() and op.serves(x, None, None, activation, 0.0)
+    if torch.compiler.is_compiling():
+        return False
+    if x.is_cpu and dropout_p == 0.0 and activation != "gelu_tanh" and forced_backend() is None:
+        return False
+    return op.serves(x, None, None, activation, dropout_p)

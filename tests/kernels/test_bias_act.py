@@ -7,7 +7,19 @@ import torch
 
 from fused_transformer.kernels import _philox, bias_act, use_backend
 from fused_transformer.kernels.bias_act import ACTIVATIONS, op
-from tests.inputs import FLOATS, LAYOUTS, ROW_CASES, Case, case_id, dtype_id, normal, running_on
+from tests.inputs import (
+    FLOATS,
+    LAYOUTS,
+    ROW_CASES,
+    Case,
+    case_id,
+    dtype_id,
+    lesser_isas,
+    normal,
+    run_tests_with_isa,
+    running_on,
+    threads,
+)
 from tests.oracle import assert_backend_matches, assert_equal, run_with_gradients
 
 BACKENDS = op.order
@@ -201,6 +213,36 @@ def test_a_row_does_not_depend_on_the_others(backend, activation, device):
         together = bias_act(**tensors, activation=activation)
         alone = bias_act(tensors["x"][:3], tensors["bias"], activation=activation)
     assert_equal(alone, together[:3])
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_the_same_bits_on_any_number_of_threads(activation):
+    tensors, options = make(301, 130), {"activation": activation, "dropout_p": 0.1, "seed": new_seed()}
+    with threads(1):
+        alone = run_with_gradients_on("cpu", tensors, **options)
+    with threads(3):
+        assert_equal(run_with_gradients_on("cpu", tensors, **options), alone)
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=dtype_id)
+def test_outputs_that_go_past_the_cache_are_the_same(dtype):
+    # 4 MiB and more are stored past the cache (csrc/common/stream.h), the rows of a part of them are not
+    tensors, dy = make(2080, 1024, dtype), normal(2080, 1024, dtype=dtype)
+    results = []
+    for rows in (slice(None), slice(1000, 1500)):
+        x = tensors["x"][rows].clone().requires_grad_()
+        with running_on("cpu"):
+            y = bias_act(x, tensors["bias"], activation="gelu")
+        results.append({"y": y.detach(), "dx": torch.autograd.grad(y, x, dy[rows])[0]})
+    assert_equal({name: t[1000:1500] for name, t in results[0].items()}, results[1])
+
+
+@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
+def test_every_instruction_set(isa):
+    if isa not in lesser_isas():
+        pytest.skip(f"{isa} is what the other tests ran with, or this processor has no such instructions")
+    chosen = "matches_the_reference or each_option or strides or philoxs or far_below or past_the_cache"
+    run_tests_with_isa(isa, __file__, "-k", f"({chosen}) and not (reference- or triton or emulated)")
 
 
 def test_float64_is_for_the_reference_alone():

@@ -7,7 +7,19 @@ import torch
 
 from fused_transformer.kernels import cross_entropy, use_backend
 from fused_transformer.kernels.cross_entropy import op
-from tests.inputs import FLOATS, LAYOUTS, ROW_CASES, Case, case_id, dtype_id, normal, running_on
+from tests.inputs import (
+    FLOATS,
+    LAYOUTS,
+    ROW_CASES,
+    Case,
+    case_id,
+    dtype_id,
+    lesser_isas,
+    normal,
+    run_tests_with_isa,
+    running_on,
+    threads,
+)
 from tests.oracle import assert_backend_matches, assert_equal, run_with_gradients
 
 BACKENDS = op.order
@@ -167,6 +179,37 @@ def test_upstream_gradients_of_any_strides(backend, device):
         strided = torch.autograd.grad(losses, logits, upstream, retain_graph=True)
         dense = torch.autograd.grad(losses, logits, upstream.contiguous(), retain_graph=True)
         assert_equal(strided, dense)
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=dtype_id)
+def test_the_same_bits_on_any_number_of_threads(dtype):
+    tensors = make(37, 5001, dtype)
+    with running_on("cpu"), threads(1):
+        alone = run_with_gradients(cross_entropy, tensors, label_smoothing=0.1, reduction="none")
+    with running_on("cpu"), threads(3):
+        assert_equal(run_with_gradients(cross_entropy, tensors, label_smoothing=0.1, reduction="none"), alone)
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=dtype_id)
+def test_gradients_that_go_past_the_cache_are_the_same(dtype):
+    # 4 MiB and more are stored past the cache (csrc/common/stream.h), the rows of a part of them are not
+    tensors, upstream = make(1100, 2048, dtype), normal(1100)
+    results = []
+    for rows in (slice(None), slice(500, 520)):
+        logits = tensors["logits"][rows].clone().requires_grad_()
+        with running_on("cpu"):
+            losses = cross_entropy(logits, tensors["targets"][rows], label_smoothing=0.1, reduction="none")
+        results.append(torch.autograd.grad(losses, logits, upstream[rows])[0])
+    assert_equal(results[0][500:520], results[1])
+
+
+@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
+def test_every_instruction_set(isa):
+    if isa not in lesser_isas():
+        pytest.skip(f"{isa} is what the other tests ran with, or this processor has no such instructions")
+    chosen = "matches_the_reference or each_option or strides or maximum or past_the_cache"
+    others = "reference- or triton or emulated"
+    run_tests_with_isa(isa, __file__, "-k", f"({chosen}) and not ({others})")
 
 
 def test_float64_is_for_the_reference_alone():

@@ -41,7 +41,7 @@ def test_every_backend_gives_the_same_numbers(backend, activation):
 
 
 @pytest.mark.parametrize("activation", ["relu", "gelu"])
-@pytest.mark.parametrize("backend", ["triton", "reference"])
+@pytest.mark.parametrize("backend", ["triton", "cpu", "reference"])
 def test_dropout_is_drawn_as_the_op_draws_it(backend, activation):
     module, tensors = make(activation, dropout=0.25)
     x = tensors["x"]
@@ -61,7 +61,9 @@ def test_dropout_is_drawn_as_the_op_draws_it(backend, activation):
 
 def test_a_kernel_is_used_where_there_is_one_and_the_reference_where_it_is_asked_for():
     x = torch.randn(3, 4)
-    assert has_kernel(x, "relu") == any(op.why_not(b, x, None, None, "relu", 0.0) is None for b in op.order[:-1])
+    expected = any(op.why_not(b, x, None, None, "relu", 0.5) is None for b in op.order[:-1])
+    assert has_kernel(x, "relu", 0.5) == has_kernel(x, "gelu_tanh") == expected
+    assert not has_kernel(x, "relu") and not has_kernel(x, "gelu")  # torch's own are as quick on a CPU
     for backend in BACKENDS:
         with use_backend(backend):
             assert has_kernel(x, "relu") == (op.why_not(backend, x, None, None, "relu", 0.0) is None)

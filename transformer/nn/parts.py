@@ -84,7 +84,7 @@ def known_activation(activation) -> str | None:
 def activated(hidden: Tensor, activation, dropout: nn.Module) -> Tensor:
     """dropout(activation(hidden)), in one pass where both are known and `plain` and a kernel is there for it."""
     name = known_activation(activation)
-    if name is None or not plain(dropout, nn.Dropout) or not has_kernel(hidden, name):
+    if name is None or not plain(dropout, nn.Dropout) or not has_kernel(hidden, name, rate(dropout)):
         return dropout(activation(hidden))
     return bias_act(hidden, activation=name, dropout_p=rate(dropout))
 
