@@ -31,6 +31,7 @@ if TYPE_CHECKING:  # sentencepiece, which a model alone does not need
 
 FORMAT, VERSION = "fused_transformer checkpoint", 1
 BEST, LAST = "best.safetensors", "last.safetensors"
+UNFINISHED = ".*.unfinished"  # what a process that is killed amid writing leaves; nothing reads it
 
 State = dict[str, Any]
 
@@ -61,6 +62,10 @@ def write_file(path: str | Path, tensors: dict[str, Tensor], state: State) -> No
             file.flush()
             os.fsync(file.fileno())  # ahead of the rename, or a power cut could leave an empty file under the name
         os.replace(unfinished, path)
+    except OSError as error:
+        if error.errno is None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error  # the name that the caller knows
     finally:
         unfinished.unlink(missing_ok=True)
     folder = os.open(path.parent, os.O_RDONLY)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -14,6 +15,7 @@ from fused_transformer.batches import Corpus
 from fused_transformer.checkpoint import BEST, LAST, find_checkpoint, load_checkpoint
 from fused_transformer.evaluation import Validation, bleu
 from fused_transformer.model import Transformer
+from fused_transformer.processes import Processes, own_device
 from fused_transformer.text import read_parallel
 from fused_transformer.tokenizer import Tokenizer
 from fused_transformer.training import Trainer
@@ -26,10 +28,16 @@ INTERRUPTED = 130  # what a shell expects of a program that Ctrl-C ended
 def main(arguments: Sequence[str] | None = None) -> int:
     """Train; 0 if done, 130 if interrupted, 1 with a message on standard error if something is wrong."""
     options = _parser().parse_args(arguments)
+    processes = Processes()
     try:
-        return _train(options)
+        device = own_device(options.device)
+        processes = Processes.join(device)
+        status = _train(options, device, processes)
+        processes.leave()
+        return status
     except (OSError, ValueError, FloatingPointError) as error:
-        print(f"train: {error}", file=sys.stderr)
+        which = f"process {processes.rank}: " if processes.rank else ""
+        print(f"train: {which}{error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("train: interrupted", file=sys.stderr)
@@ -69,8 +77,9 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _train(options: argparse.Namespace) -> int:
+def _train(options: argparse.Namespace, device: torch.device, processes: Processes) -> int:
     _check(options)
+    say = partial(print, flush=True) if processes.first else _nothing
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     source, target = read_parallel(options.source, options.target)
@@ -82,21 +91,20 @@ def _train(options: argparse.Namespace) -> int:
         model, tokenizer, state, tensors = load_checkpoint(folder / LAST)
         settings = presets.chosen(options, state.get("settings", {}))
     else:
-        if (folder / LAST).exists():
-            raise ValueError(f"{folder} holds a training already: go on with --resume, or choose another --output")
         settings = presets.chosen(options)
-        tokenizer = Tokenizer.learn([*source, *target], settings["vocab_size"], algorithm=settings["algorithm"])
+        tokenizer = Tokenizer(processes.once(lambda: _new_vocabulary(folder, [*source, *target], settings)))
         torch.manual_seed(settings["seed"])
         model = Transformer(presets.model_config(settings, len(tokenizer)))
-    corpus = _corpus(source, target, tokenizer, settings, options.source)
+    corpus = _corpus(source, target, tokenizer, settings, options.source, say)
     trainer = Trainer(
-        model.to(options.device),
+        model.to(device),
         corpus,
         presets.training_options(settings),
+        processes=processes,
         compile=options.compile,
         checkpoint_activations=options.checkpoint_activations,
     )
-    folder.mkdir(parents=True, exist_ok=True)
+    processes.once(lambda: folder.mkdir(parents=True, exist_ok=True))
     run = TrainingRun(
         trainer,
         tokenizer,
@@ -109,21 +117,31 @@ def _train(options: argparse.Namespace) -> int:
     if options.resume:
         run.resume(state, tensors)
     parameters = sum(p.numel() for p in model.parameters())
-    print(
+    shared = f", {processes.world} processes" if processes.world > 1 else ""
+    say(
         f"{len(corpus)} sentence pairs, {len(tokenizer)} subwords, {parameters / 1e6:.1f} million parameters, "
-        f"{options.device}, {torch.get_num_threads()} threads",
-        flush=True,
+        f"{options.device}, {torch.get_num_threads()} threads{shared}"
     )
     if not run.run(options.steps, options.minutes):
-        print(f"stopped and saved after step {trainer.step}; --resume goes on from there", flush=True)
+        say(f"stopped and saved after step {trainer.step}; --resume goes on from there")
         return INTERRUPTED
-    print(f"done after step {trainer.step}, {run.progress.seconds / 60:.1f} minutes; the model is {folder / BEST}")
-    if test is not None:
-        translator = Translator.load(find_checkpoint(folder), options.device)
+    say(f"done after step {trainer.step}, {run.progress.seconds / 60:.1f} minutes; the model is {folder / BEST}")
+    if test is not None and processes.first:
+        translator = Translator.load(find_checkpoint(folder), device)
         translations = translator.translate(test[0], beam_size=4)
         score, signature = bleu([best.text for best, *_ in translations], test[1])
-        print(f"test BLEU {score:.2f} (beam 4, length penalty 0.6; {signature})", flush=True)
+        say(f"test BLEU {score:.2f} (beam 4, length penalty 0.6; {signature})")
     return 0
+
+
+def _nothing(*line: str) -> None:
+    """What the processes beside the first have to say."""
+
+
+def _new_vocabulary(folder: Path, lines: list[str], settings: presets.Settings) -> bytes:
+    if (folder / LAST).exists():
+        raise ValueError(f"{folder} holds a training already: go on with --resume, or choose another --output")
+    return Tokenizer.learn(lines, settings["vocab_size"], algorithm=settings["algorithm"]).to_bytes()
 
 
 def _check(options: argparse.Namespace) -> None:
@@ -137,7 +155,12 @@ def _check(options: argparse.Namespace) -> None:
 
 
 def _corpus(
-    source: list[str], target: list[str], tokenizer: Tokenizer, settings: presets.Settings, name: str
+    source: list[str],
+    target: list[str],
+    tokenizer: Tokenizer,
+    settings: presets.Settings,
+    name: str,
+    say: Callable[[str], object],
 ) -> Corpus:
     """The pairs that can be trained on; says how many can't."""
     pairs = list(zip(tokenizer.encode(source), tokenizer.encode(target), strict=True))
@@ -146,7 +169,7 @@ def _corpus(
     if not fitting:
         raise ValueError(f"{name} and its translation have no pair of 1 to {longest} subwords a side")
     if len(fitting) < len(pairs):
-        print(f"left out {len(pairs) - len(fitting)} of {len(pairs)} pairs: empty, or over {longest} subwords")
+        say(f"left out {len(pairs) - len(fitting)} of {len(pairs)} pairs: empty, or over {longest} subwords")
     return Corpus([s for _, s, _ in fitting], [t for _, _, t in fitting], lines=[i for i, _, _ in fitting])
 
 

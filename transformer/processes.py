@@ -109,20 +109,27 @@ class Processes:
         return outcome[0]
 
 
-def own_device(device: str) -> torch.device:
+def own_device(name: str) -> torch.device:
     """The device of this process: under torchrun each one of a machine has a GPU of its own.
 
     Raises:
-        ValueError: there are more processes than GPUs, or all would have the same one.
+        ValueError: there is no such device, there are more processes than GPUs, or all would have the same one.
     """
-    chosen = torch.device(device)
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    if chosen.type != "cuda" or "LOCAL_RANK" not in os.environ:
-        return chosen
-    if chosen.index is not None and processes > 1:
-        raise ValueError(f"{processes} processes cannot share {device}: --device cuda gives each a GPU of its own")
-    if processes > torch.cuda.device_count():
-        raise ValueError(f"{processes} processes need as many GPUs, and this machine has {torch.cuda.device_count()}")
-    own = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if chosen.index is None else chosen
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"there is no device {name!r}") from None
+    if device.type != "cuda":
+        return device
+    gpus, processes = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if (device.index or 0) >= gpus:
+        raise ValueError(f"there is no device {name!r}: torch finds {gpus} GPUs here")
+    if "LOCAL_RANK" not in os.environ:
+        return device
+    if processes > 1 and device.index is not None:
+        raise ValueError(f"{processes} processes cannot share {name}: cuda gives each a GPU of its own")
+    if processes > gpus:
+        raise ValueError(f"{processes} processes need as many GPUs, and torch finds {gpus} here")
+    own = device if device.index is not None else torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     torch.cuda.set_device(own)
     return own

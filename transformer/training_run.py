@@ -2,49 +2,24 @@
 
 from __future__ import annotations
 
-import signal
-import threading
 import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
-from fused_transformer.checkpoint import BEST, LAST, read_file, save_checkpoint
+from fused_transformer.checkpoint import BEST, LAST, UNFINISHED, read_file, save_checkpoint
 from fused_transformer.evaluation import Validation
+from fused_transformer.stop_signal import StopSignal
 from fused_transformer.tokenizer import Tokenizer
 from fused_transformer.training import Trainer
 from fused_transformer.translation import Translator
 
 SNAPSHOTS = "snapshots"
-
-
-class StopSignal:
-    """Inside the block, Ctrl-C (SIGINT) or SIGTERM only sets `requested`; a second one acts as it always does."""
-
-    def __init__(self) -> None:
-        self.requested = False
-        self._handlers: dict[int, Any] = {}
-
-    def __enter__(self) -> StopSignal:
-        if threading.current_thread() is threading.main_thread():  # Python allows handlers nowhere else
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._handlers[number] = signal.signal(number, self._request)
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        for number, handler in self._handlers.items():
-            signal.signal(number, handler)
-        self._handlers.clear()
-
-    def _request(self, number: int, frame: FrameType | None) -> None:
-        self.requested = True
-        self.__exit__()
 
 
 class _Stopped(Exception):
@@ -73,6 +48,10 @@ class TrainingRun:
     `last.safetensors` holds everything to go on; `best.safetensors` the model with the highest BLEU on the validation
     set (the lower loss wins a tie), or, without one, the last. At the end the weights of the last `average` validations
     are averaged, and become the best if their BLEU is the highest.
+
+    Where several processes train together, each has a run of its own; the first validates and writes. A checkpoint
+    that cannot be written during the training, as on a full disk, is reported and the one before it stays; the training
+    goes on.
 
     Args:
         trainer: what is run.
@@ -117,30 +96,55 @@ class TrainingRun:
         self.progress = Progress(**state["progress"])
 
     def run(self, steps: int, minutes: float | None = None) -> bool:
-        """Train up to `steps` steps in all, or `minutes` in all; True if done, False if a signal stopped it."""
-        trainer, progress = self.trainer, self.progress
-        begun = time.monotonic() - progress.seconds
-        steps_before, tokens_before, seconds_before = trainer.step, trainer.tokens, progress.seconds
+        """Train up to `steps` steps in all, or `minutes` in all; True if done, False if a signal stopped it.
 
-        with StopSignal() as stop, _bar(steps, minutes) as bar:
-            while not stop.requested:
-                progress.seconds = time.monotonic() - begun
-                over = trainer.step >= steps or (minutes is not None and progress.seconds >= 60 * minutes)
-                if trainer.step > progress.validated and (over or trainer.step % self.every == 0):
-                    self._check_point(stop)
+        Raises:
+            OSError: the last checkpoint could not be written; the one before it is still there.
+            ValueError: the processes do not have the same text, options and step.
+        """
+        trainer, processes = self.trainer, self.trainer.processes
+        self._check_agreement()
+        processes.once(self._tidy)
+        begun = time.monotonic() - self.progress.seconds
+        steps_before, tokens_before, seconds_before = trainer.step, trainer.tokens, self.progress.seconds
+
+        with StopSignal(patient=processes.world > 1) as stop, _bar(steps, minutes, processes.first) as bar:
+            while True:
+                self.progress.seconds = time.monotonic() - begun
+                over = trainer.step >= steps or (minutes is not None and self.progress.seconds >= 60 * minutes)
+                stopped, over = map(bool, processes.sums([stop.requested, over]))  # one process's word is everyone's
+                if stopped:
+                    break
+                if trainer.step > self.progress.validated and (over or trainer.step % self.every == 0):
+                    self.progress = processes.once(lambda: self._check_point(stop))
                     continue
                 if over:
                     break
                 self._losses.append(trainer.train_step())
                 rate = (trainer.tokens - tokens_before) / (time.monotonic() - begun - seconds_before)
                 bar.set_postfix_str(self._postfix(rate), refresh=False)
-                bar.update(trainer.step - bar.n if minutes is None else min(progress.seconds, bar.total) - bar.n)
-            progress.seconds = time.monotonic() - begun
-            if trainer.step > steps_before or stop.requested:
-                self._save(LAST, whole=True)
-            if not stop.requested:
-                self._finish(stop)
-            return not stop.requested
+                done = trainer.step if minutes is None else min(self.progress.seconds, bar.total)
+                bar.update(done - bar.n)
+            self.progress.seconds = time.monotonic() - begun
+            if trainer.step > steps_before or stopped:
+                processes.once(lambda: self._save(LAST, whole=True))
+            if not stopped:
+                processes.once(lambda: self._finish(stop))
+            return not any(processes.sums([stop.requested]))
+
+    def _check_agreement(self) -> None:
+        """All processes are to take the same steps, over the same text."""
+        trainer = self.trainer
+        found = trainer.processes.gathered((self.fingerprint, trainer.step, trainer.options))
+        for rank, other in enumerate(found):
+            if other != found[0]:
+                raise ValueError(f"process {rank} has not the text, the options and the checkpoint of process 0")
+
+    def _tidy(self) -> None:
+        """Remove what a process that was killed amid writing has left."""
+        for folder in (self.folder, self.folder / SNAPSHOTS):
+            for path in folder.glob(UNFINISHED):
+                path.unlink(missing_ok=True)
 
     def _postfix(self, tokens_per_second: float) -> str:
         rate = self.trainer.schedule.get_last_lr()[0]
@@ -165,13 +169,13 @@ class TrainingRun:
         except _Stopped:
             return None
 
-    def _check_point(self, stop: StopSignal) -> None:
-        """Validate, keep the best, a snapshot to average, and the state to go on from."""
+    def _check_point(self, stop: StopSignal) -> Progress:
+        """Validate, keep the best, a snapshot to average, and the state to go on from; what is known then."""
         step = self.trainer.step
         if self.validation is not None:
             measured = self._measure(stop)
             if measured is None:
-                return  # not noted as validated, so a resumed run does it again
+                return self.progress  # not noted as validated, so a resumed run does it again
             loss, bleu = measured
             entry = {"step": step, "loss": loss, "bleu": bleu}
             better = self._keep_if_best(entry)
@@ -183,15 +187,26 @@ class TrainingRun:
             if self.average > 1:
                 self._snapshot()
         self.progress.validated = step
-        self._save(LAST, whole=True)
+        self._save_if_possible(LAST, whole=True)
+        return self.progress
 
     def _keep_if_best(self, entry: dict[str, Any]) -> bool:
         best = self.progress.best
         better = best is None or (entry["bleu"], -entry["loss"]) > (best["bleu"], -best["loss"])
         if better:
             self.progress.best = entry
-            self._save(BEST)
+            if not self._save_if_possible(BEST):
+                self.progress.best, better = best, False
         return better
+
+    def _save_if_possible(self, name: str, whole: bool = False) -> bool:
+        """Whether it was written; hours of training are worth more than one checkpoint."""
+        try:
+            self._save(name, whole)
+        except OSError as error:
+            self.say(f"step {self.trainer.step}  {name} is not written, the one before it stays: {error}")
+            return False
+        return True
 
     def _save(self, name: str, whole: bool = False) -> None:
         state: dict[str, Any] = {"settings": self.settings, "progress": asdict(self.progress)}
@@ -199,14 +214,15 @@ class TrainingRun:
         if whole:
             state["trainer"], tensors = self.trainer.state()
             state["fingerprint"] = self.fingerprint
-        save_checkpoint(self.folder / name, self.trainer.model, self.tokenizer, state, tensors)
+        path = self.folder / name
+        path.parent.mkdir(exist_ok=True)
+        save_checkpoint(path, self.trainer.model, self.tokenizer, state, tensors)
 
     def _snapshot(self) -> None:
         folder = self.folder / SNAPSHOTS
-        folder.mkdir(exist_ok=True)
-        self._save(f"{SNAPSHOTS}/step-{self.trainer.step:09d}.safetensors")
-        for old in sorted(folder.glob("step-*.safetensors"))[: -self.average]:
-            old.unlink()
+        if self._save_if_possible(f"{SNAPSHOTS}/step-{self.trainer.step:09d}.safetensors"):
+            for old in sorted(folder.glob("step-*.safetensors"))[: -self.average]:
+                old.unlink()
 
     def _finish(self, stop: StopSignal) -> None:
         """Average the snapshots, if there are, and see whether that is better."""
@@ -218,7 +234,11 @@ class TrainingRun:
             return
         model = self.trainer.model
         trained = {name: x.clone() for name, x in model.state_dict().items()}
-        model.load_state_dict(averaged_weights(paths))
+        try:
+            model.load_state_dict(averaged_weights(paths))
+        except ValueError as error:
+            self.say(f"no average of the last {len(paths)}: {error}")
+            return
         measured = self._measure(stop)
         if measured is not None:
             loss, bleu = measured
@@ -243,9 +263,9 @@ def averaged_weights(paths: list[Path]) -> dict[str, torch.Tensor]:
     return {name: (x / len(paths)).float() for name, x in total.items()}
 
 
-def _bar(steps: int, minutes: float | None) -> tqdm:
-    # disable=None: no bar where standard error is not a terminal
+def _bar(steps: int, minutes: float | None, shown: bool) -> tqdm:
+    off = None if shown else True  # None: no bar where standard error is not a terminal
     if minutes is None:
-        return tqdm(total=steps, unit="step", disable=None, dynamic_ncols=True)
+        return tqdm(total=steps, unit="step", disable=off, dynamic_ncols=True)
     layout = "{percentage:3.0f}%|{bar}| {n:.0f}/{total:.0f} s [{postfix}]"
-    return tqdm(total=60 * minutes, bar_format=layout, disable=None, dynamic_ncols=True)
+    return tqdm(total=60 * minutes, bar_format=layout, disable=off, dynamic_ncols=True)

@@ -1,0 +1,53 @@
+"""Processes that meet each other as torchrun's do, forked from one that has imported torch already."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fused_transformer.processes import Processes
+
+SECONDS = 120  # for a test that would hang
+
+
+def run_crew(work: Callable, world: int, folder: Path, *arguments: Any) -> list[Any]:
+    """What `work(processes, *arguments)` returned in each of `world` processes, by rank.
+
+    Raises:
+        AssertionError: one of them failed, or never ended.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__, "tests.transformer.trainers", "fused_transformer.cli_train"])
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    crew = [
+        context.Process(target=_member, args=(work, rank, world, port, folder, arguments), daemon=True)
+        for rank in range(world)
+    ]
+    for process in crew:
+        process.start()
+    try:
+        for rank, process in enumerate(crew):
+            process.join(SECONDS)
+            assert process.exitcode == 0, f"process {rank} ended with {process.exitcode}"
+    finally:
+        for process in crew:
+            process.kill()
+    return [torch.load(folder / f"result-{rank}") for rank in range(world)]
+
+
+def _member(work: Callable, rank: int, world: int, port: int, folder: Path, arguments: tuple) -> None:
+    os.environ.update(
+        RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), LOCAL_RANK=str(rank)
+    )
+    torch.set_num_threads(1)
+    processes = Processes.join(torch.device("cpu"))
+    torch.save(work(processes, *arguments), folder / f"result-{rank}")
+    processes.leave()
