@@ -7,7 +7,7 @@ SOURCES := $(shell find csrc _build -name '*.cpp' -o -name '*.cu' -o -name '*.h'
 CXX_FILES = $(shell find csrc tests -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.cuh')
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: help install test builds bench lint format gpu sanitize sanitize-cuda clean
+.PHONY: help install test builds bench browser lint format gpu sanitize sanitize-cuda clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */\1\t/' | expand -t 16
@@ -22,6 +22,11 @@ builds: $(VENV)/.native  ## the Triton kernels compiled for sm_80, sm_90 and sm_
 
 bench: $(VENV)/.native  ## this package beside what one would use instead, on this machine; ends with a table of ratios
 	$(RUN) -m bench
+
+browser: $(VENV)/.native  ## what the test of the page of attention heads needs: playwright, and a Chromium if there is none
+	$(RUN) -m pip install $(PIP_QUIET) -c constraints.txt "playwright>=1.50"
+	$(RUN) -c 'import sys; from tests.browser import program; sys.exit(program() is None)' \
+	  || apt-get install --yes chromium || $(RUN) -m playwright install chromium
 
 lint: $(VENV)/.tools  ## style, format and types
 	$(VENV)/bin/ruff check .

@@ -27,7 +27,7 @@ def packages():
 setup(
     packages=list(packages()),
     package_dir={name: folder for folder, name in FOLDERS.items()},
-    package_data={"fused_transformer": ["py.typed"]},
+    package_data={"fused_transformer": ["py.typed"], "fused_transformer.show": ["heads.html", "heads.css", "heads.js"]},
     ext_modules=[Extension("fused_transformer.kernels._C", [])],
     cmdclass={"build_ext": BuildNative},
 )

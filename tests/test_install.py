@@ -85,8 +85,9 @@ def test_the_wheel_holds_every_module_and_no_source(wheel):
         for path in (ROOT / folder).rglob("*.py")
     }
     assert modules <= names, modules - names
-    assert "fused_transformer/py.typed" in names
-    rest = {name for name in names - modules if ".dist-info/" not in name and not name.endswith("py.typed")}
+    data = {"fused_transformer/py.typed", *(f"fused_transformer/show/heads.{kind}" for kind in ("html", "css", "js"))}
+    assert data <= names, data - names
+    rest = {name for name in names - modules - data if ".dist-info/" not in name}
     assert [name.split(".")[0] for name in rest] == ["fused_transformer/kernels/_C"]
 
 

@@ -3,6 +3,7 @@
 from importlib.metadata import version
 
 import fused_transformer.nn as nn
+import fused_transformer.show as show
 from fused_transformer.add_norm import AddLayerNorm
 from fused_transformer.attention import MultiheadAttention
 from fused_transformer.config import TransformerConfig
@@ -14,6 +15,7 @@ from fused_transformer.incremental import DecoderState
 from fused_transformer.inference import PackedTransformer
 from fused_transformer.layers import DecoderLayer, EncoderLayer
 from fused_transformer.loss import smoothed_cross_entropy
+from fused_transformer.maps import AttentionMaps, attention_maps
 from fused_transformer.model import Decoder, Encoder, Transformer
 from fused_transformer.reporting import ModelReport, model_report
 from fused_transformer.schedule import NoamLR
@@ -23,6 +25,7 @@ __version__ = version("fused-transformer")
 
 __all__ = [
     "AddLayerNorm",
+    "AttentionMaps",
     "Decoder",
     "DecoderLayer",
     "DecoderState",
@@ -41,12 +44,14 @@ __all__ = [
     "Transformer",
     "TransformerConfig",
     "__version__",
+    "attention_maps",
     "beam_search",
     "fuse",
     "generate",
     "greedy",
     "model_report",
     "nn",
+    "show",
     "smoothed_cross_entropy",
     "unfuse",
 ]

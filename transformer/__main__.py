@@ -1,4 +1,4 @@
-"""`python -m fused_transformer info | train | translate`."""
+"""`python -m fused_transformer info | train | translate | show`."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ from importlib import import_module
 COMMANDS = {
     "info": ("info", "versions, device, and which backends each op has here"),
     "train": ("cli_train", "train a translation model on two parallel text files"),
+    "show": ("cli_show", "pictures: attention heads, positions, distributions, beams, masks"),
     "translate": ("cli_translate", "translate text, line by line"),
 }
+DRAWING_LIBRARIES = ("matplotlib",)
 TEXT_LIBRARIES = ("sacrebleu", "safetensors", "sentencepiece", "tqdm")
 
 
@@ -34,10 +36,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return import_module(f"fused_transformer.{module}").main(parsed.rest) or 0
     except ModuleNotFoundError as error:
         missing = (error.name or "").partition(".")[0]
-        if missing not in TEXT_LIBRARIES:
+        extra = "text" if missing in TEXT_LIBRARIES else "show" if missing in DRAWING_LIBRARIES else None
+        if extra is None:
             raise
         print(
-            f"{parsed.command} needs {missing}, which is not installed: pip install 'fused-transformer[text]'",
+            f"{parsed.command} needs {missing}, which is not installed: pip install 'fused-transformer[{extra}]'",
             file=sys.stderr,
         )
         return 1

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fused_transformer.beam_tree import BeamStep, OnStep
 from fused_transformer.constraints import Step
 from fused_transformer.hypotheses import NEVER, Hypotheses, OnTokens, Results
 from fused_transformer.kernels import log_softmax_top_k
@@ -78,6 +79,7 @@ def search_beams(
     eos_idx: int = 2,
     padding_idx: int = 0,
     on_tokens: OnTokens | None = None,
+    on_step: OnStep | None = None,
     **changes: Any,
 ) -> Hypotheses:
     """Beam search with an alive and a finished list of `beam_size` hypotheses a sentence each.
@@ -100,6 +102,7 @@ def search_beams(
         options: of them beam_size, top_beams, length_penalty, penalty, stop_early and patience; None: the defaults.
         bos_idx, eos_idx, padding_idx: the special tokens.
         on_tokens: told of the tokens that all hypotheses of a sentence have in common, as these grow.
+        on_step: told of each step's extensions and what became of them.
         changes: options by name: search_beams(step, max_lengths, beam_size=8).
 
     Returns:
@@ -149,6 +152,9 @@ def search_beams(
             arrived = alive.take(beam).grow(log_prob, token, scores).width(longest, padding_idx)
             finished = finished.beside(arrived).best(capacity)
         scores, chosen = _highest(likeliest.masked_fill(ended, NEVER), beam_size)
+        if on_step is not None:
+            penalised = (likeliest / options.penalise(length)).masked_fill(~arriving, NEVER)
+            on_step(BeamStep(sentences, beam, token, likeliest, penalised, ended, chosen))
         beam = beam.gather(1, chosen)
         alive = alive.take(beam).grow(log_prob.gather(1, chosen), token.gather(1, chosen), scores)
         parents = torch.arange(0, rows.numel(), beam_size, device=rows.device)[:, None] + beam

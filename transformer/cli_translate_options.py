@@ -154,8 +154,12 @@ def _ranked(number: int, translations: list[Translation]) -> Iterator[str]:
 
 
 def _json(number: int, translations: list[Translation]) -> Iterator[str]:
-    # -inf, the score of a translation that the options forbid, is no JSON.
-    found = [one._asdict() | {"score": one.score if one.score > float("-inf") else None} for one in translations]
+    found = []
+    for one in translations:
+        values = one._asdict()
+        del values["attention"]  # weights are for pictures
+        # -inf, the score of a translation that the options forbid, is no JSON.
+        found.append(values | {"score": one.score if one.score > float("-inf") else None})
     yield json.dumps({"line": number, "translations": found}, ensure_ascii=False)
 
 

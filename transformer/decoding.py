@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, TypeAlias
 import torch
 from torch import Tensor
 
+from fused_transformer.beam_tree import OnStep
 from fused_transformer.sampling import sentence_keys
 from fused_transformer.search import Hypotheses, OnTokens, SearchOptions, search
 
@@ -75,6 +76,7 @@ def generate(
     max_lengths: Tensor | None = None,
     prefixes: Tensor | None = None,
     on_tokens: OnTokens | None = None,
+    on_step: OnStep | None = None,
 ) -> Hypotheses:
     """Translate as the options say: beam search, greedily if beam_size is 1, or by drawing if num_samples is set.
 
@@ -89,6 +91,7 @@ def generate(
             source_lengths + 50.
         prefixes: (B, P) int64, what each translation begins with, right-padded with the model's padding_idx.
         on_tokens: told after each step of the tokens that are certain by then; see `NewTokens`.
+        on_step: told of each step of a beam search; see `BeamStep`.
 
     Returns:
         Hypotheses with N = options.returned, best first: tokens (B, N, T), lengths, scores, finished (B, N) and
@@ -117,6 +120,7 @@ def generate(
             forced=prefixes,
             keys=sentence_keys(source_tokens, source_lengths) if options.num_samples else None,
             on_tokens=on_tokens,
+            on_step=on_step,
             bos_idx=config.bos_idx,
             eos_idx=config.eos_idx,
             padding_idx=config.padding_idx,

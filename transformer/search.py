@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fused_transformer.beam_tree import BeamStep, OnStep
 from fused_transformer.beams import search_beams
 from fused_transformer.constraints import Step, constrain
 from fused_transformer.hypotheses import NEVER, Hypotheses, NewTokens, OnTokens, Results
@@ -30,8 +31,10 @@ from fused_transformer.search_options import SearchOptions
 from fused_transformer.stepping import check_lengths, next_logits, refuse_nan
 
 __all__ = [
+    "BeamStep",
     "Hypotheses",
     "NewTokens",
+    "OnStep",
     "OnTokens",
     "SearchOptions",
     "Step",
@@ -53,6 +56,7 @@ def search(
     forced: Tensor | None = None,
     keys: Tensor | None = None,
     on_tokens: OnTokens | None = None,
+    on_step: OnStep | None = None,
     bos_idx: int = 1,
     eos_idx: int = 2,
     padding_idx: int = 0,
@@ -67,6 +71,7 @@ def search(
         forced: (B, P) int64, tokens that each translation begins with, padded with padding_idx.
         keys: (B,) int64, what a sentence's samples depend on beside the seed; None: its number.
         on_tokens: told after each step of the tokens that are certain now (of the best translation of each sentence).
+        on_step: told of each step of a beam search, see `BeamStep`.
         bos_idx, eos_idx, padding_idx: the special tokens.
 
     Returns:
@@ -74,10 +79,12 @@ def search(
 
     Raises:
         ValueError: an argument has the wrong shape, a sentence's limit leaves no room for min_length or its forced
-            prefix, or the logits have the wrong shape or hold NaN.
+            prefix, the logits have the wrong shape or hold NaN, or steps are to be told of and it is no beam search.
     """
     options = options or SearchOptions()
     check_lengths(max_lengths)
+    if on_step is not None and (options.num_samples or options.greedy):
+        raise ValueError("on_step is told of the steps of beam search: beam_size must be above 1, and num_samples 0")
     if (max_lengths <= options.min_length).any():
         raise ValueError(
             f"every max_length must be above min_length ({options.min_length}), as it counts eos, "
@@ -92,7 +99,7 @@ def search(
         return search_samples(step, max_lengths, options, keys=keys, **special)
     if options.greedy:
         return search_greedy(step, max_lengths, **special)
-    return search_beams(step, max_lengths, options, **special)
+    return search_beams(step, max_lengths, options, on_step=on_step, **special)
 
 
 def _check_room(forced: Tensor, max_lengths: Tensor, padding_idx: int) -> None:

@@ -105,6 +105,10 @@ class Tokenizer:
         """The token numbers of each line, without bos and eos."""
         return self._processor.encode(list(lines))
 
+    def pieces(self, tokens: Iterable[int]) -> list[str]:
+        """How the vocabulary writes each token: "▁" begins a word, "<0x41>" is a byte, "<s>" bos, "</s>" eos."""
+        return [self._processor.id_to_piece(token) for token in tokens]
+
     def decode(self, tokens: Sequence[Sequence[int]]) -> list[str]:
         """The text of each sequence of token numbers; padding, bos and eos have none, unknown is ⁇.
 

@@ -6,15 +6,17 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
+from torch import Tensor
 
 from fused_transformer.batches import Ragged, cut_by_tokens
 from fused_transformer.checkpoint import find_checkpoint, load_checkpoint
 from fused_transformer.decoding import generate
-from fused_transformer.hypotheses import NEVER, NewTokens
+from fused_transformer.hypotheses import NEVER, Hypotheses, NewTokens
 from fused_transformer.inference import PackedTransformer
+from fused_transformer.maps import AttentionMaps, attention_maps, targets_of
 from fused_transformer.model import Transformer
 from fused_transformer.search_options import SearchOptions
 from fused_transformer.text_stream import NewText, TextStream
@@ -29,12 +31,14 @@ class Translation(NamedTuple):
 
     tokens: their numbers, without eos.
     log_probs: of each token, and behind the last one of eos where the translation ended with it.
+    attention: what the model attended to, where it was asked for and there is a translation.
     """
 
     text: str
     score: float
     tokens: tuple[int, ...] = ()
     log_probs: tuple[float, ...] = ()
+    attention: AttentionMaps | None = None
 
 
 def with_weights(model: Transformer, weights: str) -> Transformer | PackedTransformer:
@@ -83,6 +87,7 @@ class Translator:
         max_tokens: int = 2048,
         on_batch: Callable[[int], object] = lambda sentences: None,
         on_text: Callable[[NewText], object] | None = None,
+        return_attention: bool = False,
         **changes: Any,
     ) -> list[list[Translation]]:
         """The best translations of each line, best first, in the order of the lines.
@@ -98,6 +103,7 @@ class Translator:
             on_batch: called after each batch with its number of sentences.
             on_text: called for every token of the best translations as soon as it is certain, and once more when a
                 line is done; lines of a batch come interleaved.
+            return_attention: give each translation its `AttentionMaps`, from one more pass over it.
             changes: options by name: translate(lines, beam_size=1) is greedy.
 
         Returns:
@@ -123,21 +129,23 @@ class Translator:
         device = next(self.model.parameters()).device
         for rows in cut_by_tokens(order, source.lengths[:, None], limit):
             numbers = [written[row] for row in rows.tolist()]
+            tokens = source.padded(rows, config.padding_idx).to(device)
             found = generate(
                 self.model,
-                source.padded(rows, config.padding_idx).to(device),
+                tokens,
                 source.lengths[rows].to(device),
                 options,
                 prefixes=None if forced is None else forced.padded(rows, config.padding_idx).to(device),
                 on_tokens=None if on_text is None else _TextStreams(self._text, numbers, on_text),
             )
             steps = (found.lengths + found.finished).tolist()
+            maps = self._maps(tokens, found) if return_attention else [[None] * found.lengths.shape[1]] * len(rows)
             for number, *beams in zip(
-                numbers, found.tolist(), found.scores.tolist(), steps, found.log_probs.tolist(), strict=True
+                numbers, found.tolist(), found.scores.tolist(), steps, found.log_probs.tolist(), maps, strict=True
             ):
                 ranked = [
-                    Translation(self._text(tokens), score, tuple(tokens), tuple(log_probs[:count]))
-                    for tokens, score, count, log_probs in zip(*beams, strict=True)
+                    Translation(self._text(tokens), score, tuple(tokens), tuple(log_probs[:count]), attention)
+                    for tokens, score, count, log_probs, attention in zip(*beams, strict=True)
                 ]
                 results[number] = [one for one in ranked if one.score > NEVER] or ranked[:1]
             on_batch(len(rows))
@@ -194,6 +202,19 @@ class Translator:
             if failure is None and len(chunk) < buffer:
                 return
         raise failure
+
+    def _maps(self, source: Tensor, found: Hypotheses) -> list[list[AttentionMaps | None]]:
+        """[sentence][rank]; None where there is no hypothesis."""
+        sentence, rank = (found.scores > NEVER).nonzero(as_tuple=True)
+        maps: list[list[AttentionMaps | None]] = [[None] * found.scores.shape[1] for _ in source]
+        if len(sentence):
+            target, lengths = (x[sentence, rank] for x in targets_of(found, self.model.config))
+            made = attention_maps(
+                self.model, source[sentence], target, target_lengths=lengths, labels=self.tokenizer.pieces
+            )
+            for i, j, one in zip(sentence.tolist(), rank.tolist(), cast("list[AttentionMaps]", made), strict=True):
+                maps[i][j] = one
+        return maps
 
     def _text(self, tokens: list[int]) -> str:
         (text,) = self.tokenizer.decode([tokens])
