@@ -198,6 +198,10 @@ def main(arguments: list[str] | None = None) -> None:
     if decoding:
         result = json.loads(decoding[-1].read_text())
         update_readme(options.readme, report_ctranslate2.markdown(result), *report_ctranslate2.MARKS)
+    trained = [] if options.results or options.print else newest(ROOT / "bench" / "results" / "trained")
+    if trained:
+        result = json.loads(trained[-1].read_text())
+        update_readme(options.readme, report_ctranslate2.of_trained(result), *report_ctranslate2.TRAINED_MARKS)
 
 
 if __name__ == "__main__":

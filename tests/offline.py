@@ -22,10 +22,12 @@ import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from inspect import signature
 from multiprocessing import get_context
 from pathlib import Path
+
+from tests import sass
 
 ROOT = Path(__file__).resolve().parents[1]
 RECORD = ROOT / "bench" / "results" / "triton_builds.json"
@@ -48,6 +50,8 @@ class Build:
     spills: int  # bytes stored plus bytes loaded, a thread
     shared: int  # bytes a block
     tensor_core: str  # wgmma, tcgen05, mma or -
+    loop: int = 0  # instructions of the loop over whole tiles, 0 where there is none
+    loop_spills: int = 0  # those of them that reach local memory, which are the spills that cost
 
     @property
     def key(self) -> tuple[str, str, int]:
@@ -130,7 +134,9 @@ def describe(job: str, name: str, kernel, arch: int) -> Build:
     spills = sum(int(number) for number in re.findall(r"(\d+) bytes spill", said))
     instruction = next((word for ptx, word in TENSOR_CORE.items() if ptx in kernel.asm["ptx"]), "-")
     meta = kernel.metadata
-    return Build(job, name, arch, meta.num_warps, meta.num_stages, registers, spills, meta.shared, instruction)
+    loop = sass.main_loop(sass.disassemble(kernel.asm["cubin"])) or sass.Loop(0, 0, 0)
+    taken = registers, spills, meta.shared, instruction, loop.instructions, loop.spills
+    return Build(job, name, arch, meta.num_warps, meta.num_stages, *taken)
 
 
 def jobs(op: str) -> dict[str, Callable[[], object]]:
@@ -178,7 +184,7 @@ def compiles_of_other_sizes(op: str, calls: int = 20) -> list[int]:
 
 
 def table(rows: list[Build]) -> str:
-    names = ("job", "kernel", "arch", "warps", "stages", "registers", "spills", "shared", "tensor_core")
+    names = [field.name for field in fields(Build)]
     cells = [names, *(tuple(str(getattr(row, name)) for name in names) for row in rows)]
     widths = [max(len(line[i]) for line in cells) for i in range(len(names))]
     return "\n".join("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in cells)

@@ -44,15 +44,12 @@ def forward(q, k, v, mask: Mask, scale, dropout_p, seed):
     if mask.packed:
         lse.fill_(-torch.inf)
     q, scale, _ = _with_positive_scale(q, scale)
-    chosen = config("forward", q)
+    chosen = config("forward with scores" if _reads_scores(mask, q) or dropout_p else "forward", q)
     heads, blocks = q.shape[1], triton.cdiv(mask.q_length, chosen.m)
     inputs = _rows(q), _rows(k), _rows(v), _mask(mask), _dropout(dropout_p, seed)
     sizes = heads, blocks, scale, _blocks(q, k, mask, chosen)
     outputs = _rows(out), lse
-    simple = mask.bias is None and dropout_p == 0.0 and (mask.keep is None or mask.keep.shape[2] == 1)
-    limit = chosen.registers if simple else None
-    programs = blocks * mask.batch * heads
-    _launch(attention_forward_kernel, programs, chosen, q, *inputs, *outputs, *sizes, registers=limit)
+    _launch(attention_forward_kernel, blocks * mask.batch * heads, chosen, q, *inputs, *outputs, *sizes)
     return out, lse
 
 
@@ -112,8 +109,16 @@ def _bias_gradient(q, k, mask: Mask, scale, inputs, saved) -> Tensor:
     return (dbias[0] if parts == 1 else dbias.sum(0)).to(mask.bias.dtype)
 
 
-def _launch(kernel, programs: int, chosen: Config, q: Tensor, *args, registers: int | None = None) -> None:
-    options = {"maxnreg": registers} if registers else {}
+def _reads_scores(mask: Mask, q: Tensor) -> bool:
+    """Whether a tile of scores needs as many registers for its masks."""
+    if mask.keep is None:
+        return mask.bias is not None
+    # One answer for all queries is a row of registers, which 10.x alone has no room for among 128 a thread.
+    return mask.bias is not None or mask.keep.shape[2] != 1 or _triton.capability(q.device)[0] == 10
+
+
+def _launch(kernel, programs: int, chosen: Config, q: Tensor, *args) -> None:
+    options = {"maxnreg": chosen.registers} if chosen.registers else {}
     if programs > 0:
         with _triton.current(q):
             kernel[(programs,)](*args, num_warps=chosen.warps, num_stages=chosen.stages, **options)
