@@ -28,6 +28,7 @@ from fused_transformer.kernels.layer_norm import (
     layer_norm,
     rms_norm,
 )
+from fused_transformer.kernels.linear_cross_entropy import linear_cross_entropy
 from fused_transformer.kernels.log_softmax_top_k import log_softmax_top_k
 
 __all__ = [
@@ -46,6 +47,7 @@ __all__ = [
     "decode_attention_with_lse",
     "embedding",
     "layer_norm",
+    "linear_cross_entropy",
     "log_softmax_top_k",
     "new_seed",
     "observe",

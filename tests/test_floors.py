@@ -16,7 +16,10 @@ ROOT = Path(__file__).resolve().parents[1]
 KERNELS = "fused_transformer.kernels"
 FOLDERS = {"kernels": KERNELS, "transformer": "fused_transformer"}
 # Ops that are made of others: they use the others' public functions, and headers.
-COMPOSED = {"decoder_step": {"decode_attention", "layer_norm", "linear"}}
+COMPOSED = {
+    "decoder_step": {"decode_attention", "layer_norm", "linear"},
+    "linear_cross_entropy": {"cross_entropy"},
+}
 NATIVE_SUFFIXES = {".h", ".cuh", ".cpp", ".cu"}
 LONGEST = 400
 SOURCES = ("_build", "bench", "csrc", "kernels", "tests", "transformer")

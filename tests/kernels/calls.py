@@ -123,6 +123,12 @@ def cross_entropy(device: str) -> Call:
     return Call(kernels.cross_entropy, tensors, options)
 
 
+def linear_cross_entropy(device: str) -> Call:
+    tensors = {"hidden": normal(4, 5, 8, device=device), "weight": normal(33, 8, device=device)}
+    tensors |= {"bias": normal(33, device=device), "targets": torch.randint(33, (4, 5)).to(device)}
+    return Call(kernels.linear_cross_entropy, tensors, {"label_smoothing": 0.1, "reduction": "none"})
+
+
 def log_softmax_top_k(device: str) -> Call:
     tensors = {"logits": normal(6, 33, device=device), "addend": normal(6, device=device)}
     return Call(kernels.log_softmax_top_k, tensors, {"k": 5, "beams": 3})
@@ -145,6 +151,7 @@ CALLS = {
         embedding_ids,
         bias_act,
         cross_entropy,
+        linear_cross_entropy,
         log_softmax_top_k,
     )
 }
