@@ -179,8 +179,16 @@ def _token(maps: AttentionMaps, kind: str, token: int | str | None) -> int | Non
 
 
 def _title(labels: Sequence[str]) -> str:
-    """The tokens as one line, without characters that steer the text around them."""
-    return " ".join("".join(c for c in label if unicodedata.category(c) not in ("Cc", "Cf", "Cs")) for label in labels)
+    """The tokens as one line, without characters that control a terminal or turn the text around them."""
+    steering = {"LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"}
+    return " ".join(
+        "".join(
+            c
+            for c in label
+            if unicodedata.bidirectional(c) not in steering and unicodedata.category(c) not in ("Cc", "Cs")
+        )
+        for label in labels
+    )
 
 
 def _json(data: dict[str, Any]) -> str:
