@@ -164,6 +164,10 @@ def test_a_phone_shows_all_of_it(opened, scheme):
     assert max(boxes) <= 360
     frame = page.eval_on_selector("#links", "x => x.getBoundingClientRect().width")
     assert frame >= 60, "the links keep room beside long tokens"
+    page.set_viewport_size({"width": 900, "height": 640})
+    page.wait_for_function("document.querySelector('#links').getBoundingClientRect().width > 300")
+    ends = "x => Number(x.querySelector('line').getAttribute('x2')) + 4 - x.getBoundingClientRect().width"
+    page.wait_for_function(f"Math.abs(({ends})(document.querySelector('#links'))) < 1")
 
 
 def test_odd_tokens_are_text(opened):

@@ -53,6 +53,33 @@ def test_a_token_alone_has_bands():
     assert {round(-line.get_ydata()[0]) for line in axes.lines} == {4}
 
 
+def test_heads_that_link_are_found_and_drawn_side_by_side():
+    tired, wide = made_up(layers=2, heads=4), made_up(layers=2, heads=4)
+    for maps, key, weights in ((tired, 1, (0.9, 0.8, 0.2)), (wide, 3, (0.1, 0.7, 0.6))):
+        maps.encoder_self[:, :, 4, key] = 0.05
+        for (layer, head), weight in zip(((0, 0), (1, 2), (0, 3)), weights, strict=True):
+            maps.encoder_self[layer, head, 4, key] = weight
+    best, second, *rest = show.linking_heads([(tired, "it", "animal"), (wide, 4, 3)])
+    assert best[:2] == (1, 2) and best.weights == pytest.approx((0.8, 0.7))
+    assert second[:2] == (0, 3) and second.weights == pytest.approx((0.2, 0.6)) and len(rest) == 6
+    one = show.heads(tired, layer=best.layer, heads=[best.head], token="it")
+    both = show.side_by_side(one, show.heads(wide, layer=best.layer, heads=[best.head], token="it"))
+    assert len(both.figure.axes) == 2
+    assert both.alternative.count("Input - Input, layer 1, head 2: it most to ") == 2
+    assert texts(both).count("animal") == 4 and texts(one.figure()).count("animal") == 2
+    for links, message in (
+        ([], "needs one link at least"),
+        ([(tired, "it", "street")], "there is no token 'street' among the keys: The animal"),
+        ([(tired, 0, 0), (made_up(), 0, 0)], r"maps of one model have as many .* got \[\(2, 4\), \(2, 3\)\]"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            show.linking_heads(links)
+    with pytest.raises(ValueError, match=r"attention must be one of .* got 'all'"):
+        show.linking_heads([(tired, 0, 0)], attention="all")
+    with pytest.raises(ValueError, match="the heads of one sentence at least"):
+        show.side_by_side()
+
+
 def test_a_grid_has_a_map_for_each_layer_and_head():
     maps = made_up(layers=2, heads=3)
     picture = show.heads(maps, attention="decoder_self", heads=[0, 2]).grid()

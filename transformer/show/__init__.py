@@ -12,7 +12,8 @@ itself in Jupyter and has `save(path)`. On the command line: `fused-transformer 
 
 from fused_transformer.beam_tree import BeamTree
 from fused_transformer.show.beam_picture import beam, trace_beams
-from fused_transformer.show.heads_page import Heads, heads
+from fused_transformer.show.heads_page import Heads, heads, side_by_side
+from fused_transformer.show.linking import LinkingHead, linking_heads
 from fused_transformer.show.mask_grids import allowed, masks
 from fused_transformer.show.output_distributions import distributions, output_distributions
 from fused_transformer.show.picture import Picture
@@ -21,13 +22,16 @@ from fused_transformer.show.position_tables import positions
 __all__ = [
     "BeamTree",
     "Heads",
+    "LinkingHead",
     "Picture",
     "allowed",
     "beam",
     "distributions",
     "heads",
+    "linking_heads",
     "masks",
     "output_distributions",
     "positions",
+    "side_by_side",
     "trace_beams",
 ]

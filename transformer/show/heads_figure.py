@@ -2,56 +2,49 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 from fused_transformer.maps import KINDS, AttentionMaps
 from fused_transformer.show.picture import COLORS, INK, SOFT, Picture, name_ticks, new_figure, panels, shown
 
 _FAINTEST = 0.02  # a link below it would not be seen
+_WIDE, _HIGH = 4.6, 0.27  # inches of a panel, and of a token's line
+_LEFT, _RIGHT = 1.6, 3.0  # where the links begin and end
 
 
-def lines(maps: AttentionMaps, kind: str, layer: int, heads: tuple[int, ...], token: int | None = None) -> Picture:
-    """Queries on the left, keys on the right, and each head's links in its colour, as opaque as they are heavy.
+class View(NamedTuple):
+    """What one panel shows.
 
-    Args:
-        maps, kind: which weights; layer, heads: of them these.
-        token: the query whose links alone are drawn, with a band for each head beside its keys; None: all.
+    maps, kind, layer: which weights. heads: of these.
+    token: the query whose links alone are drawn, with a band for each head beside its keys; None: all.
     """
-    weights = maps.weights(kind)[layer].float().tolist()
-    rows, columns = maps.rows(kind), maps.columns(kind)
-    height = 0.27 * (max(len(rows), len(columns)) + 1.8)
-    figure = new_figure(4.6, height)
-    axes = figure.add_axes((0.0, 0.0, 1.0, 1.0))
-    axes.set_xlim(0, 4.6)
-    axes.set_ylim(0.4 - max(len(rows), len(columns)), 2.2)
-    axes.axis("off")
-    left, right, band = 1.6, 3.0, min(0.07, 0.4 / len(heads))
-    right_text = right + (0.1 if token is None else 0.12 + band * len(heads))
-    for index, label in enumerate(rows):
-        _write(axes, left - 0.1, -index, label, "right", token not in (None, index))
-    for index, label in enumerate(columns):
-        _write(axes, right_text, -index, label, "left", False)
-    links = [
-        (weights[head][row][column], head, row, column)
-        for head in heads
-        for row in (range(len(rows)) if token is None else (token,))
-        for column in range(len(columns))
-    ]
-    lane = min(0.08, 0.5 / len(heads))
-    for weight, head, row, column in sorted(links):
-        if weight < _FAINTEST:
-            continue
-        color, shift = COLORS[head % len(COLORS)], (heads.index(head) - (len(heads) - 1) / 2) * lane
-        ends = (-row - shift, -column - shift)
-        axes.plot((left, right), ends, color=color, alpha=min(weight, 1.0), linewidth=1.6, solid_capstyle="round")
-        if token is not None:
-            x = right + 0.06 + band * heads.index(head)
-            axes.bar(x, 0.8, band, -column - 0.4, align="edge", color=color, alpha=min(weight, 1.0), linewidth=0)
-    axes.text(2.3, 1.75, f"{KINDS[kind]}, layer {layer}", ha="center", va="center", fontsize=8, color=SOFT)
-    _draw_key(axes, heads)
-    named = f"head {heads[0]}" if len(heads) == 1 else f"heads {', '.join(map(str, heads))}"
-    title = f"{KINDS[kind]}, layer {layer}, {named}"
-    return Picture(figure, title, f"{title}: {_in_words(weights, heads, rows, columns, token)}")
+
+    maps: AttentionMaps
+    kind: str
+    layer: int
+    heads: tuple[int, ...]
+    token: int | None
+
+    @property
+    def labels(self) -> tuple[Sequence[str], Sequence[str]]:
+        return self.maps.rows(self.kind), self.maps.columns(self.kind)
+
+
+def lines(views: Sequence[View]) -> Picture:
+    """Side by side: queries on the left, keys on the right, each head's links in its colour, as opaque as heavy."""
+    weights = [view.maps.weights(view.kind)[view.layer].float().tolist() for view in views]
+    longest = max(len(labels) for view in views for labels in view.labels)
+    figure = new_figure(_WIDE * len(views), _HIGH * (longest + 1.8))
+    words = []
+    for place, (view, values) in enumerate(zip(views, weights, strict=True)):
+        axes = figure.add_axes((place / len(views), 0.0, 1 / len(views), 1.0))
+        axes.set_xlim(0, _WIDE)
+        axes.set_ylim(0.4 - longest, 2.2)
+        axes.axis("off")
+        _draw_view(axes, view, values)
+        words.append(f"{_title(view)}: {_in_words(view, values)}")
+    return Picture(figure, _title(views[0]), ". ".join(words))
 
 
 def grid(maps: AttentionMaps, kind: str, heads: tuple[int, ...]) -> Picture:
@@ -79,11 +72,39 @@ def grid(maps: AttentionMaps, kind: str, heads: tuple[int, ...]) -> Picture:
     return Picture(figure, title, f"{title}: heat maps of {len(weights)} layers by {len(heads)} heads")
 
 
+def _draw_view(axes: Any, view: View, weights: list) -> None:
+    (rows, columns), heads, token = view.labels, view.heads, view.token
+    band = min(0.07, 0.4 / len(heads))
+    axes.text(
+        _WIDE / 2, 1.75, f"{KINDS[view.kind]}, layer {view.layer}", ha="center", va="center", fontsize=8, color=SOFT
+    )
+    _draw_key(axes, heads)
+    for index, label in enumerate(rows):
+        _write(axes, _LEFT - 0.1, -index, label, "right", token not in (None, index))
+    for index, label in enumerate(columns):
+        _write(axes, _RIGHT + (0.1 if token is None else 0.12 + band * len(heads)), -index, label, "left", False)
+    lane = min(0.08, 0.5 / len(heads))
+    links = [
+        (weights[head][row][column], place, row, column)
+        for place, head in enumerate(heads)
+        for row in (range(len(rows)) if token is None else (token,))
+        for column in range(len(columns))
+    ]
+    for weight, place, row, column in sorted(links):
+        if weight < _FAINTEST:
+            continue
+        look = {"color": COLORS[heads[place] % len(COLORS)], "alpha": min(weight, 1.0)}
+        shift = (place - (len(heads) - 1) / 2) * lane
+        axes.plot((_LEFT, _RIGHT), (-row - shift, -column - shift), linewidth=1.6, solid_capstyle="round", **look)
+        if token is not None:
+            axes.bar(_RIGHT + 0.06 + band * place, 0.8, band, -column - 0.4, align="edge", linewidth=0, **look)
+
+
 def _draw_key(axes: Any, heads: tuple[int, ...]) -> None:
     """A square in each head's colour, with its number."""
     size = min(0.24, 2.8 / len(heads))
     for place, head in enumerate(heads):
-        x = 2.3 + (place - (len(heads) - 1) / 2) * size
+        x = _WIDE / 2 + (place - (len(heads) - 1) / 2) * size
         axes.bar(x, 0.8, size * 0.9, 0.55, color=COLORS[head % len(COLORS)], linewidth=0)
         axes.text(x, 0.93, str(head), ha="center", va="center", fontsize=6.5 if size > 0.2 else 4, color="white")
 
@@ -93,10 +114,15 @@ def _write(axes: Any, x: float, y: float, label: str, side: str, faint: bool) ->
     axes.text(x, y, shown(label), ha=side, va="center", fontsize=9, color=color, parse_math=False)
 
 
-def _in_words(weights: list, heads: tuple[int, ...], rows: Any, columns: Any, token: int | None) -> str:
+def _title(view: View) -> str:
+    heads = f"head {view.heads[0]}" if len(view.heads) == 1 else f"heads {', '.join(map(str, view.heads))}"
+    return f"{KINDS[view.kind]}, layer {view.layer}, {heads}"
+
+
+def _in_words(view: View, weights: list) -> str:
     """Which key each query (or the one) attends to most, on average over the heads."""
-    said = []
-    for row in range(len(rows)) if token is None else (token,):
+    (rows, columns), heads, said = view.labels, view.heads, []
+    for row in range(len(rows)) if view.token is None else (view.token,):
         means = [sum(weights[head][row][column] for head in heads) / len(heads) for column in range(len(columns))]
         best = max(range(len(columns)), key=means.__getitem__)
         said.append(f"{rows[row]} most to {columns[best]} ({means[best]:.0%})")

@@ -10,12 +10,11 @@ from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
 from string import Template
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fused_transformer.maps import KINDS, AttentionMaps
-
-if TYPE_CHECKING:
-    from fused_transformer.show.picture import Picture
+from fused_transformer.show.heads_figure import View, grid, lines
+from fused_transformer.show.picture import Picture
 
 ALL = "all"
 # tensor2tensor's names, and ours, by what is typed.
@@ -68,17 +67,13 @@ class Heads:
             ValueError: the attention shown is "all", which is for the page alone.
             ModuleNotFoundError: matplotlib is not installed.
         """
-        from fused_transformer.show.heads_figure import lines
-
-        return lines(self.maps, self.kind, self.layer, self.heads, self.token)
+        return side_by_side(self)
 
     def grid(self) -> Picture:
         """The weights of this kind of attention as heat maps, a row for each layer, a column for each head shown.
 
         Raises: as `figure`.
         """
-        from fused_transformer.show.heads_figure import grid
-
         return grid(self.maps, self.kind, self.heads)
 
     def _repr_html_(self) -> str:
@@ -152,6 +147,18 @@ def heads(
     )
 
 
+def side_by_side(*heads: Heads) -> Picture:
+    """What each of these shows first, as the panels of one figure.
+
+    Raises:
+        ValueError: there are none, or one shows "all", which is for the page alone.
+        ModuleNotFoundError: matplotlib is not installed.
+    """
+    if not heads:
+        raise ValueError("side_by_side needs the heads of one sentence at least")
+    return lines([View(one.maps, one.kind, one.layer, one.heads, one.token) for one in heads])
+
+
 def _kind(maps: AttentionMaps, attention: str | None) -> str:
     if attention is None:
         return maps.kinds[0]
@@ -168,11 +175,20 @@ def _token(maps: AttentionMaps, kind: str, token: int | str | None) -> int | Non
     if token is None:
         return None
     labels = [*maps.rows("encoder_self"), *maps.rows("decoder_self")] if kind == ALL else [*maps.rows(kind)]
+    return number_of(labels, token, "queries")
+
+
+def number_of(labels: Sequence[str], token: int | str, among: str) -> int:
+    """The number of a token, given as itself or by label: the first such; "it" finds "▁it" too.
+
+    Raises:
+        ValueError: there is none.
+    """
     if isinstance(token, str):
         for label in (token, f"▁{token}"):  # a vocabulary's mark of a word's beginning can be left out
             if label in labels:
                 return labels.index(label)
-        raise ValueError(f"there is no token {token!r} among the queries: {' '.join(labels)}")
+        raise ValueError(f"there is no token {token!r} among the {among}: {' '.join(labels)}")
     if not 0 <= token < len(labels):
         raise ValueError(f"token must be between 0 and {len(labels) - 1}, got {token}")
     return token
