@@ -141,10 +141,17 @@ class TrainingRun:
                 raise ValueError(f"process {rank} has not the text, the options and the checkpoint of process 0")
 
     def _tidy(self) -> None:
-        """Remove what a process that was killed amid writing has left."""
-        for folder in (self.folder, self.folder / SNAPSHOTS):
-            for path in folder.glob(UNFINISHED):
-                path.unlink(missing_ok=True)
+        """Remove what a killed process has left: files half-written, and snapshots later than its last checkpoint."""
+        left = [path for folder in (self.folder, self.folder / SNAPSHOTS) for path in folder.glob(UNFINISHED)]
+        left += [path for path in self._snapshots() if path.name > self._snapshot_name()]
+        for path in left:
+            path.unlink(missing_ok=True)
+
+    def _snapshots(self) -> list[Path]:
+        return sorted((self.folder / SNAPSHOTS).glob("step-*.safetensors"))
+
+    def _snapshot_name(self) -> str:
+        return f"step-{self.trainer.step:09d}.safetensors"
 
     def _postfix(self, tokens_per_second: float) -> str:
         rate = self.trainer.schedule.get_last_lr()[0]
@@ -219,9 +226,8 @@ class TrainingRun:
         save_checkpoint(path, self.trainer.model, self.tokenizer, state, tensors)
 
     def _snapshot(self) -> None:
-        folder = self.folder / SNAPSHOTS
-        if self._save_if_possible(f"{SNAPSHOTS}/step-{self.trainer.step:09d}.safetensors"):
-            for old in sorted(folder.glob("step-*.safetensors"))[: -self.average]:
+        if self._save_if_possible(f"{SNAPSHOTS}/{self._snapshot_name()}"):
+            for old in self._snapshots()[: -self.average]:
                 old.unlink()
 
     def _finish(self, stop: StopSignal) -> None:
@@ -229,7 +235,7 @@ class TrainingRun:
         if self.validation is None:
             self._save(BEST)
             return
-        paths = sorted((self.folder / SNAPSHOTS).glob("step-*.safetensors"))
+        paths = self._snapshots()
         if self.average < 2 or len(paths) < 2:
             return
         model = self.trainer.model

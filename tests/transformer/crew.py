@@ -13,6 +13,9 @@ import torch
 
 from fused_transformer.processes import Processes
 
+# What the process that the others are forked from imports, once.
+PRELOADED = ["tests.transformer.crew", "tests.transformer.trainers", "fused_transformer.cli_train"]
+PRELOADED += ["torch._dynamo", "torch.distributed.tensor"]  # what the first step would import
 SECONDS = 120  # for a test that would hang
 
 
@@ -23,7 +26,7 @@ def run_crew(work: Callable, world: int, folder: Path, *arguments: Any) -> list[
         AssertionError: one of them failed, or never ended.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__, "tests.transformer.trainers", "fused_transformer.cli_train"])
+    context.set_forkserver_preload(PRELOADED)
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port = found.getsockname()[1]

@@ -1,0 +1,134 @@
+"""What a training leaves in its folder when writing fails, or a process was killed: whole checkpoints, and no more."""
+
+from __future__ import annotations
+
+import resource
+from contextlib import contextmanager
+
+import pytest
+
+from fused_transformer.checkpoint import BEST, LAST, read_file
+from fused_transformer.tokenizer import Tokenizer
+from fused_transformer.training_run import SNAPSHOTS, TrainingRun
+from tests.oracle import assert_equal
+from tests.transformer.texts import parallel_lines
+from tests.transformer.trainers import tiny_trainer, weights
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@contextmanager
+def no_room():
+    """No file may grow beyond 1000 bytes: a write that the system breaks off halfway, as on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+class Better:
+    """A validation that finds each model better than the one before."""
+
+    bleu = 0.0
+
+    def measure(self, translator, on_batch):
+        self.bleu += 1.0
+        return 1.0, self.bleu
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return Tokenizer.learn(parallel_lines(30)[0], 290)
+
+
+def run_in(folder, tokenizer, lines, full=range(0)):
+    """A run of a checkpoint each second step, and its trainer; no room for files in steps of `full`."""
+    trainer = tiny_trainer()
+    run = TrainingRun(trainer, tokenizer, folder, {}, validation=Better(), every=2, average=2, say=lines.append)
+    check_point = run._check_point
+
+    def in_a_full_folder(stop):
+        if trainer.step not in full:
+            return check_point(stop)
+        with no_room():
+            return check_point(stop)
+
+    run._check_point = in_a_full_folder
+    return run, trainer
+
+
+def files(folder):
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+def test_the_training_goes_on_and_the_old_checkpoints_stay(tmp_path, tokenizer):
+    lines = []
+    run, trainer = run_in(tmp_path, tokenizer, lines, full=(4, 6))
+    train_step, seen = trainer.train_step, {}
+
+    def remembering():
+        seen[trainer.step] = {name: read_file(tmp_path / name)[1] for name in (LAST, BEST) if trainer.step}
+        return train_step()
+
+    run.run(2)
+    trainer.train_step = remembering
+    assert run.run(7)
+    for step in (4, 5, 6):  # nothing was written at 4 and 6
+        assert seen[step][LAST]["trainer"]["step"] == 2
+        assert seen[step][BEST]["progress"]["best"]["step"] == 2, "what is not written is not the best"
+    for name in (BEST, LAST, f"{SNAPSHOTS}/step-000000004.safetensors"):
+        assert any(f"step 4  {name} is not written, the one before it stays: [Errno 27]" in line for line in lines)
+    assert files(tmp_path) == [BEST, LAST, f"{SNAPSHOTS}/step-000000002.safetensors",
+                               f"{SNAPSHOTS}/step-000000007.safetensors"]  # fmt: skip
+
+    undisturbed, other = run_in(tmp_path / "other", tokenizer, [])
+    (tmp_path / "other").mkdir()
+    assert undisturbed.run(7)
+    assert_equal(weights(trainer), weights(other))
+
+
+def test_without_room_at_the_end_it_fails_and_the_old_checkpoint_resumes(tmp_path, tokenizer):
+    run, _ = run_in(tmp_path, tokenizer, [], full=(4,))
+    assert run.run(2)
+    before = (tmp_path / LAST).read_bytes()
+    with no_room(), pytest.raises(OSError, match=r"File too large: '.*last\.safetensors'"):
+        run.run(3)
+    assert (tmp_path / LAST).read_bytes() == before
+    assert files(tmp_path) == [BEST, LAST, f"{SNAPSHOTS}/step-000000002.safetensors"], "nothing half-written"
+    resumed, trainer = run_in(tmp_path, tokenizer, [])
+    tensors, state = read_file(tmp_path / LAST)
+    trainer.model.load_state_dict({n[6:]: x for n, x in tensors.items() if n.startswith("model.")})
+    resumed.resume(state, tensors)
+    assert resumed.run(3)
+
+
+def test_a_damaged_snapshot_costs_the_average_alone(tmp_path, tokenizer):
+    lines = []
+    run, trainer = run_in(tmp_path, tokenizer, lines)
+    assert run.run(4)
+    snapshot = tmp_path / SNAPSHOTS / "step-000000004.safetensors"
+    snapshot.write_bytes(snapshot.read_bytes()[:-7])
+    before, lines[:] = weights(trainer), []
+    run._finish(None)
+    assert len(lines) == 1 and lines[0].startswith("no average of the last 2: ")
+    assert f"{snapshot.name} is damaged" in lines[0]
+    assert_equal(weights(trainer), before)
+    assert snapshot.exists()
+
+
+def test_what_a_killed_training_left_is_removed(tmp_path, tokenizer):
+    """Half-written files, and snapshots beyond the step that is gone on from, which an average would take."""
+    run, _ = run_in(tmp_path, tokenizer, [])
+    assert run.run(4)
+    left = [tmp_path / f".{LAST}.1.unfinished", *(tmp_path / SNAPSHOTS / name for name in (
+        ".step-000000004.safetensors.1.unfinished", "step-000000006.safetensors"))]  # fmt: skip
+    for path in left:
+        path.write_bytes(b"something")
+    kept = set(files(tmp_path)) - {str(path.relative_to(tmp_path)) for path in left}
+    assert run.run(4)
+    assert set(files(tmp_path)) == kept
+    fresh, _ = run_in(tmp_path, tokenizer, [])
+    assert fresh.run(1)
+    assert not (tmp_path / SNAPSHOTS / "step-000000002.safetensors").exists()
