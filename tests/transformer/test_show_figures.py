@@ -149,6 +149,8 @@ def test_distributions_are_the_models(one_thread):
     ones = torch.tensor(wanted.images[0].get_array().tolist())
     assert ones.tolist() == [[1, 0, 0, 0, 0, 0], [0, 1, 0, 0, 0, 0], [1, 0, 0, 0, 0, 0], [0, 0, 1, 0, 0, 0]]
     assert even.images[0].get_array().ravel().tolist() == pytest.approx([1 / 31] * 24)
+    assert texts(picture).count("12") == 4, "a column in each panel, and a row in the first"
+    assert not {"(empty)", "␣"} & set(texts(picture))
     named = show.distributions(output, target[1:], labels=[f"<{i}>" for i in range(31)], tokens=[11, 30])
     assert {"<11>", "<30>", "<12>", "<2>"} <= set(texts(named)) and "even gives" not in named.alternative
     with pytest.raises(ValueError, match=r"output must be \(3, V\) for a target of 3 tokens, got \(4, 31\)"):

@@ -116,9 +116,9 @@ def panels(rows: int, columns: int, width: float, height: float) -> tuple[Figure
 
 
 def name_ticks(axis: Any, labels: list[str], **options: Any) -> None:
-    """A tick at 0, 1, ... for each label, taken as it is: "$" begins no formula."""
+    """A tick at 0, 1, ... for each label, taken as it is: "$" begins no formula, and "" is left blank."""
     axis.set_ticks(range(len(labels)))
-    axis.set_ticklabels([shown(label) for label in labels], parse_math=False, **options)
+    axis.set_ticklabels([label and shown(label) for label in labels], parse_math=False, **options)
 
 
 def shown(label: str, longest: int = 24) -> str:
