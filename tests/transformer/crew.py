@@ -19,8 +19,10 @@ PRELOADED += ["torch._dynamo", "torch.distributed.tensor"]  # what the first ste
 SECONDS = 120  # for a test that would hang
 
 
-def run_crew(work: Callable, world: int, folder: Path, *arguments: Any) -> list[Any]:
+def run_crew(work: Callable, world: int, folder: Path, *arguments: Any, join: bool = True) -> list[Any]:
     """What `work(processes, *arguments)` returned in each of `world` processes, by rank.
+
+    Without `join` it is called as work(*arguments), and lets them meet by itself.
 
     Raises:
         AssertionError: one of them failed, or never ended.
@@ -31,7 +33,7 @@ def run_crew(work: Callable, world: int, folder: Path, *arguments: Any) -> list[
         found.bind(("127.0.0.1", 0))
         port = found.getsockname()[1]
     crew = [
-        context.Process(target=_member, args=(work, rank, world, port, folder, arguments), daemon=True)
+        context.Process(target=_member, args=(work, rank, world, port, folder, arguments, join), daemon=True)
         for rank in range(world)
     ]
     for process in crew:
@@ -46,11 +48,12 @@ def run_crew(work: Callable, world: int, folder: Path, *arguments: Any) -> list[
     return [torch.load(folder / f"result-{rank}") for rank in range(world)]
 
 
-def _member(work: Callable, rank: int, world: int, port: int, folder: Path, arguments: tuple) -> None:
+def _member(work: Callable, rank: int, world: int, port: int, folder: Path, arguments: tuple, join: bool) -> None:
     os.environ.update(
         RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), LOCAL_RANK=str(rank)
     )
     torch.set_num_threads(1)
-    processes = Processes.join(torch.device("cpu"))
-    torch.save(work(processes, *arguments), folder / f"result-{rank}")
-    processes.leave()
+    processes = Processes.join(torch.device("cpu")) if join else None
+    torch.save(work(*([processes] if processes else []), *arguments), folder / f"result-{rank}")
+    if processes:
+        processes.leave()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import io
 import os
 import signal
@@ -15,8 +16,9 @@ import torch
 
 from fused_transformer import TransformerConfig, cli_train, cli_translate
 from fused_transformer.checkpoint import load_checkpoint, read_file
-from fused_transformer.settings import PRESETS, model_config, training_options
+from fused_transformer.settings import PRESETS, chosen, model_config, training_options
 from fused_transformer.training import TrainingOptions
+from tests.transformer.crew import run_crew
 from tests.transformer.texts import parallel_lines, write_parallel
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -232,6 +234,51 @@ def test_refused_resumptions(tmp_path, capsys):
     (tmp_path / "model" / "last.safetensors").write_bytes(last[:-5])
     assert "last.safetensors is damaged" in refused_training(capsys, *files, "--resume")
     assert (tmp_path / "model" / "last.safetensors").read_bytes() == last[:-5]
+
+
+def test_the_recipe_reaches_the_trainer(tmp_path, capsys):
+    recipe = ["--accumulate", "3", "--precision", "bfloat16", "--checkpoint-activations"]
+    assert train(tmp_path, *recipe, steps="2") == 0
+    _, state = read_file(tmp_path / "model" / "last.safetensors")
+    options = state["trainer"]["options"]
+    assert (options["accumulate"], options["precision"], state["trainer"]["step"]) == (3, "bfloat16", 2)
+    assert state["settings"]["accumulate"] == 3
+    assert train(tmp_path, "--resume", *recipe, steps="3") == 0
+    capsys.readouterr()
+    assert train(tmp_path, "--resume", "--accumulate", "4", steps="4") == 1
+    assert "--accumulate 4 (was 3)" in capsys.readouterr().err
+    assert train(tmp_path, "--precision", "float16", "--device", "cpu", output="other") == 1
+    assert "precision float16 is for GPUs" in capsys.readouterr().err
+    assert train(tmp_path, "--device", "cuda:99", output="other") == 1
+    assert "there is no device 'cuda:99'" in capsys.readouterr().err
+
+
+def test_a_checkpoint_from_before_a_setting_existed_has_its_default():
+    arguments = argparse.Namespace(preset=None, **dict.fromkeys(PRESETS["tiny"]))
+    saved = {name: value for name, value in PRESETS["tiny"].items() if name not in ("accumulate", "precision")}
+    assert chosen(arguments, saved) == PRESETS["tiny"]
+    arguments.accumulate = 2
+    with pytest.raises(ValueError, match=r"--accumulate 2 \(was 1\)"):
+        chosen(arguments, saved)
+
+
+def test_two_processes_train_and_one_goes_on(tmp_path):
+    """As torchrun starts them; the files are those of one process, up to rounding."""
+    source, target = write_parallel(tmp_path, 60)
+    files = ["--source", source, "--target", target, "--valid-source", source, "--valid-target", target]
+    files += ["--test-source", source, "--test-target", target, "--bleu-sentences", "5"]
+    more = ["--accumulate", "2", "--every", "2", *TINY]
+    two = [*files, "--output", str(tmp_path / "two"), *more]
+    assert run_crew(cli_train.main, 2, tmp_path, [*two, "--steps", "4"], join=False) == [0, 0]
+    assert cli_train.main([*two, "--resume", "--steps", "5"]) == 0
+    assert cli_train.main([*files, "--output", str(tmp_path / "one"), "--steps", "5", *more]) == 0
+    histories = [read_file(tmp_path / name / "last.safetensors")[1]["progress"]["history"] for name in ("two", "one")]
+    assert [entry["step"] for entry in histories[0]] == [2, 4, 5]
+    for entry, expected in zip(*histories, strict=False):
+        assert entry["loss"] == pytest.approx(expected["loss"], rel=1e-4)
+    assert run_crew(cli_train.main, 2, tmp_path, [*two, "--steps", "4"], join=False) == [1, 1], (
+        "holds a training already"
+    )
 
 
 def test_presets_are_whole():
