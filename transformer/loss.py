@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from fused_transformer.kernels.cross_entropy import cross_entropy, has_kernel
+from fused_transformer.kernels.linear_cross_entropy import has_kernel as has_chunks
+from fused_transformer.kernels.linear_cross_entropy import linear_cross_entropy
+
+if TYPE_CHECKING:
+    from fused_transformer.model import Transformer
 
 CONVENTIONS = {"torch": "uniform", "tensor2tensor": "others"}  # and their names on the kernels' floor
 
@@ -63,6 +70,23 @@ def smoothed_cross_entropy(
         )
     else:
         total = _torchs(logits, targets, label_smoothing, convention, padding_idx)
+    return total / (targets != padding_idx).sum().clamp(min=1)
+
+
+def projected_cross_entropy(
+    model: Transformer, hidden: Tensor, targets: Tensor, *, label_smoothing: float = 0.1, padding_idx: int = 0
+) -> Tensor:
+    """smoothed_cross_entropy(model.project(hidden), targets), without holding the logits where a kernel spares them.
+
+    That is on a CPU, in eager mode, where the projection is a linear layer that nobody hooked or replaced.
+    """
+    weights = model.output_weights()
+    if weights is None or not has_chunks(hidden, weights[0]):
+        logits = model.project(hidden)
+        return smoothed_cross_entropy(logits, targets, label_smoothing=label_smoothing, padding_idx=padding_idx)
+    total = linear_cross_entropy(
+        *(hidden, *weights, targets), label_smoothing=label_smoothing, ignore_index=padding_idx, reduction="sum"
+    )
     return total / (targets != padding_idx).sum().clamp(min=1)
 
 

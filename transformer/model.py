@@ -16,6 +16,7 @@ from fused_transformer.incremental import DecoderState
 from fused_transformer.layer_running import run_layer
 from fused_transformer.layers import DecoderLayer, EncoderLayer
 from fused_transformer.masks import lengths_if_padded_right, real_lengths
+from fused_transformer.nn.parts import plain
 from fused_transformer.packing import pack_memory, packing_if_worth_it
 
 
@@ -220,6 +221,13 @@ class Transformer(nn.Module):
         if self.output_projection is not None:
             return self.output_projection(hidden)
         return F.linear(hidden, self._target_table().weight)
+
+    def output_weights(self) -> tuple[Tensor, Tensor | None] | None:
+        """Weight (V, E) and bias of `project`, where it is a linear layer and nothing more: not hooked or replaced."""
+        projection = self.output_projection
+        if projection is None:
+            return self._target_table().weight, None
+        return (projection.weight, projection.bias) if plain(projection, nn.Linear) else None
 
     def log_probabilities(self, hidden: Tensor) -> Tensor:
         """log_softmax(project(hidden)), (..., V) float32."""

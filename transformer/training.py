@@ -16,7 +16,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from fused_transformer import layer_running
 from fused_transformer.batches import Batch, Corpus, TokenBatches
 from fused_transformer.decoding import evaluating
-from fused_transformer.loss import smoothed_cross_entropy
+from fused_transformer.loss import projected_cross_entropy
 from fused_transformer.model import Transformer
 from fused_transformer.not_finite import NotFiniteError
 from fused_transformer.processes import Processes
@@ -33,8 +33,8 @@ def batch_loss(model: Transformer, batch: Batch, label_smoothing: float) -> Tens
     expected = batch.target[:, 1:]
     padding_idx = model.config.padding_idx
     real = expected != padding_idx
-    return smoothed_cross_entropy(
-        model.project(hidden[real]), expected[real], label_smoothing=label_smoothing, padding_idx=padding_idx
+    return projected_cross_entropy(
+        model, hidden[real], expected[real], label_smoothing=label_smoothing, padding_idx=padding_idx
     )
 
 

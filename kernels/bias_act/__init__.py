@@ -10,6 +10,7 @@ from fused_transformer.kernels._autograd import once_differentiable
 from fused_transformer.kernels._checks import require_dropout
 from fused_transformer.kernels._compile import routed
 from fused_transformer.kernels._dispatch import Op, forced_backend
+from fused_transformer.kernels._native import DTYPES, available
 from fused_transformer.kernels._philox import new_seed
 from fused_transformer.kernels.bias_act import compiled
 from fused_transformer.kernels.bias_act.checks import ACTIVATIONS, check
@@ -95,11 +96,12 @@ def bias_act(
 def has_kernel(x: Tensor, activation: str, dropout_p: float = 0.0) -> bool:
     """Whether a kernel takes x here and is the better choice beside torch's own activation and dropout.
 
-    It is not inside torch.compile, which fuses them itself; nor on a CPU for ReLU or the exact GELU alone, since one
-    pass of torch's is as quick as one of ours. The backend that `use_backend` forces is taken at its word.
+    It is not on a CPU for ReLU or the exact GELU alone, since one pass of torch's is as quick as one of ours; nor
+    inside torch.compile, which fuses them itself, but for dropout on a CPU, whose bits are to be those of an eager
+    call. The backend that `use_backend` forces is taken at its word.
     """
     if torch.compiler.is_compiling():
-        return False
+        return x.is_cpu and dropout_p > 0.0 and x.dtype in DTYPES and available()
     if x.is_cpu and dropout_p == 0.0 and activation != "gelu_tanh" and forced_backend() is None:
         return False
     return op.serves(x, None, None, activation, dropout_p)

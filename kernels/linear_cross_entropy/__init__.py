@@ -128,16 +128,16 @@ def linear_cross_entropy(
         options = (float(label_smoothing), smoothing, float(z_loss), int(ignore_index))
         losses = compiled.losses(hidden, weight, bias, targets, lowered_dtype(hidden), *options)
         return _reduced(losses, targets, ignore_index, reduction)
-    *arguments, dtype = checked_tensors(hidden, weight, bias, targets)
+    arguments = checked_tensors(hidden, weight, bias, targets)
     rest = checked_options(len(weight), *options)
     check_range(targets, len(weight), ignore_index)
     wants_backward = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (hidden, weight, bias))
-    if wants_backward and reduction != "none" and dtype != torch.float16:
-        return _Total.apply(*arguments, dtype, rest, reduction == "mean")
+    if wants_backward and reduction != "none" and arguments[-1] != torch.float16:
+        return _Total.apply(*arguments, rest, reduction == "mean")
     if wants_backward or forward_ad._current_level >= 0:  # forward-mode AD: autograd must see the call to refuse it
-        losses = _Losses.apply(*arguments, dtype, rest)
+        losses = _Losses.apply(*arguments, rest)
     else:
-        arguments = (*arguments, dtype, *rest)
+        arguments += rest
         with _without_autocast(hidden):
             losses = op.pick(*arguments).forward(*arguments)
     return _reduced(losses.view(targets.shape), targets, ignore_index, reduction)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from fused_transformer import Transformer, TransformerConfig
 from fused_transformer.kernels import BACKENDS, use_backend
-from fused_transformer.loss import smoothed_cross_entropy
+from fused_transformer.loss import projected_cross_entropy, smoothed_cross_entropy
 from tests.oracle import assert_matches, in_float64, run_with_gradients
 
 V = 11
@@ -60,6 +61,43 @@ def test_the_loss_is_the_same_on_every_backend(backend, dtype, convention):
         got = run_with_gradients(smoothed_cross_entropy, tensors, convention=convention)
     assert got["out"].dtype == torch.float32
     assert_matches(got, exact, naive)
+
+
+@pytest.mark.parametrize("tie", ["shared", "separate"])
+@pytest.mark.parametrize("backend", [None, *BACKENDS])
+def test_the_loss_of_hidden_states_is_that_of_their_logits(backend, tie):
+    model, hidden, targets = projecting(tie)
+    with use_backend(backend):
+        got = gradients(projected_cross_entropy(model, hidden, targets), model, hidden)
+    expected = gradients(smoothed_cross_entropy(model.project(hidden), targets), model, hidden)
+    torch.testing.assert_close(got, expected)
+
+
+def test_a_projection_that_is_hooked_is_called():
+    model, hidden, targets = projecting("separate")
+    seen = []
+    model.output_projection.register_forward_hook(lambda module, given, logits: seen.append(logits.shape))
+    projected_cross_entropy(model, hidden, targets)
+    assert seen == [(3, 5, 30)]
+
+
+def test_hidden_states_of_padding_alone_cost_nothing():
+    model, hidden, targets = projecting("shared")
+    loss = projected_cross_entropy(model, hidden, torch.zeros_like(targets))
+    assert loss == 0 and not any(x.any() for x in gradients(loss, model, hidden)[1:])
+
+
+def projecting(tie):
+    config = TransformerConfig(source_vocab_size=30, d_model=16, num_heads=2, d_feedforward=8, tie_embeddings=tie)
+    targets = torch.randint(1, 30, (3, 5))
+    targets[1, 2:] = 0
+    return Transformer(config), torch.randn(3, 5, 16, requires_grad=True), targets
+
+
+def gradients(loss, model, hidden):
+    weight, bias = model.output_weights()
+    leaves = [x for x in (hidden, weight, bias) if x is not None]
+    return [loss.detach(), *torch.autograd.grad(loss, leaves)]
 
 
 def test_the_conventions_differ():
