@@ -198,6 +198,12 @@ def main(arguments: list[str] | None = None) -> None:
     if decoding:
         result = json.loads(decoding[-1].read_text())
         update_readme(options.readme, report_ctranslate2.markdown(result), *report_ctranslate2.MARKS)
+    steps = [] if options.results or options.print else newest(ROOT / "bench" / "results" / "step")
+    if steps:
+        from bench import step  # which imports this module
+
+        section = step.markdown(json.loads(steps[-1].read_text()))
+        update_readme(options.readme, section, "<!-- step:begin -->", "<!-- step:end -->")
     trained = [] if options.results or options.print else newest(ROOT / "bench" / "results" / "trained")
     if trained:
         result = json.loads(trained[-1].read_text())

@@ -35,6 +35,7 @@ WRONG = {
 }
 
 
+pytestmark = pytest.mark.emulated
 racy = pytest.mark.skipif(emulated.mode() == "tsan", reason="the race that this test plants would end the process")
 
 
