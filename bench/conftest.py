@@ -7,6 +7,7 @@
             {"naive": lambda tokens, table: ..., "compile": compiled(...), "fused": embedding},
             (tokens, table),
             bytes_moved=...,          # least bytes that must be read and written, or flops=..., or tokens=...
+            peaks={"fused": ...},     # bytes held at most (tests/memory.py), where memory is what the row is about
         )
 
 `compare` calls every implementation with the same arguments, asserts that they agree (with tests/oracle.py; exact is
@@ -73,6 +74,7 @@ def compare(benchmark, request):
         bytes_moved=None,
         flops=None,
         tokens=None,
+        peaks=None,
         exact=None,
         check=None,
         ours="fused",
@@ -96,6 +98,8 @@ def compare(benchmark, request):
         benchmark.pedantic(call_and_drop, setup=others.round, rounds=rounds)
         times = {ours: list(benchmark.stats.stats.data), **others.times}
         row["times"] = {label: quantiles(measured) for label, measured in times.items()}
+        if peaks is not None:
+            row["peak_bytes"] = peaks
         row |= _rates(row["times"][ours]["median_us"], bytes_moved, flops, tokens, row["dtype"])
         benchmark.extra_info.update(row)
         request.config.stash[ROWS].append(row)

@@ -56,7 +56,15 @@ def duration(microseconds: float) -> str:
 
 
 def rate(row: dict) -> str:
-    """What ours moves or computes a second, and its share of what the machine was measured to do in the same run."""
+    """What ours moves or computes a second, and its share of what the machine was measured to do in the same run; the
+    memory it holds at most, and naive's, where they were measured.
+    """
+    peaks = row.get("peak_bytes")
+    memory = f"; {peaks[row['ours']] / 1e6:.0f} MB, naive {peaks['naive'] / 1e6:.0f} MB" if peaks else ""
+    return _rate(row) + memory
+
+
+def _rate(row: dict) -> str:
     if "gflop_per_s" in row:
         return f"{row['gflop_per_s']:.0f} GFLOP/s ({row['share_of_matmul']:.0%} of matmul)"
     if "gb_per_s" in row:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from fused_transformer.kernels import cross_entropy, linear_cross_entropy, use_backend
 from fused_transformer.kernels.linear_cross_entropy import has_kernel, op
 from tests.inputs import FLOATS, LAYOUTS, Case, case_id, dtype_id, normal, running_on
+from tests.memory import peak_bytes
 from tests.oracle import assert_backend_matches, assert_equal, assert_matches, in_float64, run_with_gradients
 
 BACKENDS = op.order
@@ -232,18 +233,6 @@ def test_the_logits_are_never_all_there(reduction, monkeypatch):
     assert peak_bytes(lambda: torchs(**tensors, reduction=reduction).sum().backward()) > 2 * logits
     ours = peak_bytes(lambda: linear_cross_entropy(**tensors, reduction=reduction).sum().backward())
     assert logits / 8 < ours < logits / 4
-
-
-def peak_bytes(function) -> int:
-    """What torch has allocated at most during the call, beyond what it had before."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        function()
-    held = peak = 0
-    for event in sorted(profile.profiler.kineto_results.events(), key=lambda event: event.start_ns()):
-        if event.name() == "[memory]":
-            held += event.nbytes()
-            peak = max(peak, held)
-    return peak
 
 
 # ---------------------------------------------------------------- autocast, compilers
