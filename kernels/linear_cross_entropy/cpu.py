@@ -19,6 +19,7 @@ _C = _native.library()
 
 CHUNK_BYTES = 2**24  # of logits: at least as many, for products whose rows are worth the reading of weight
 CHUNK_ROWS = 128
+SUMMED_ROWS = 4096  # of a 16-bit product at a time: torch makes a float32 copy of what it adds to a float32 sum
 
 
 def refuses(hidden, weight, *_args) -> str | None:
@@ -71,7 +72,10 @@ class _Sum:
         elif a.dtype == torch.float32:
             self.total.addmm_(a, b)
         else:
-            self.total = self.total.float().add_(torch.mm(a, b))  # float() is nothing from the third on
+            self.total = self.total.float()  # which is nothing from the third on
+            for first in range(0, len(a), SUMMED_ROWS):
+                part = slice(first, first + SUMMED_ROWS)
+                self.total[part] += torch.mm(a[part], b)
 
 
 def _chunks(hidden: Tensor, weight: Tensor, dtype: torch.dtype, least: int):
