@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import time
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -158,6 +160,22 @@ def test_an_error_of_one_process_is_everyones(tmp_path):
     assert f"the loss became nan at step 1, in the batch of lines {lines.replace(',', ', ')};" in not_finite
     assert text == "process 1 has not the text, the options and the checkpoint of process 0"
     assert "No space left on device" in full and LAST in full
+
+
+def wait_for_the_first(processes: Processes, patient: bool) -> str:
+    """The first process works for longer than processes wait for each other's gradients."""
+    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=0.3))
+    if not patient:
+        processes._group = dist.group.WORLD
+    try:
+        return processes.once(lambda: time.sleep(1.0) or "validated")
+    except RuntimeError as error:
+        return str(error)
+
+
+def test_the_others_wait_for_the_first_however_long_it_takes(tmp_path):
+    assert run_crew(wait_for_the_first, 2, tmp_path, True) == ["validated"] * 2
+    assert "imed out" in run_crew(wait_for_the_first, 2, tmp_path, False)[1], "on the group of the gradients"
 
 
 def test_batches_are_shared_out_evenly():

@@ -78,7 +78,7 @@ def test_activations_computed_twice_give_the_same_bits(norm_first):
 
 def test_bfloat16_products_come_close_and_everything_kept_is_float32():
     single, mixed = tiny_trainer(dropout=0.0), tiny_trainer(dropout=0.0, precision="bfloat16")
-    losses = [(single.train_step(), mixed.train_step()) for _ in range(10)]
+    losses = [(single.train_step(), mixed.train_step()) for _ in range(5)]
     assert all(x != y and abs(x - y) < 0.02 * x for x, y in losses)
     assert {x.dtype for x in (*weights(mixed).values(), *gradients(mixed).values())} == {torch.float32}
     assert {x.dtype for x in mixed.state()[1].values()} == {torch.float32}
@@ -107,21 +107,20 @@ def test_float16_clips_the_gradient_behind_its_scale():
 @pytest.mark.usefixtures("float16_anywhere")
 def test_an_overflowing_float16_step_is_left_out_and_a_resumed_training_keeps_the_scale():
     trainer = tiny_trainer(precision="float16")
-    trainer.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)
+    trainer.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**24)
     before = weights(trainer)
     trainer.train_step()
-    assert (trainer.step, trainer.tokens) == (0, 0) and trainer.scaler.get_scale() == 2.0**39
+    assert (trainer.step, trainer.tokens) == (0, 0) and trainer.scaler.get_scale() == 2.0**23
     assert_equal(weights(trainer), before)
     assert trainer.schedule.last_epoch == 0
-    for _ in range(40):
+    while trainer.step < 3:
         trainer.train_step()
-    assert 0 < trainer.step < 40
 
     resumed = tiny_trainer(precision="float16")
     values, tensors = copy.deepcopy(trainer.state())
     resumed.model.load_state_dict(trainer.model.state_dict())
     resumed.load_state(values, tensors)
-    assert resumed.scaler.get_scale() == trainer.scaler.get_scale() < 2.0**40
+    assert resumed.scaler.get_scale() == trainer.scaler.get_scale() < 2.0**24
     assert [resumed.train_step() for _ in range(3)] == [trainer.train_step() for _ in range(3)]
     assert_equal(weights(resumed), weights(trainer))
 
