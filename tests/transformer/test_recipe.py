@@ -53,6 +53,14 @@ def test_dropout_follows_from_the_seed_and_the_place_alone():
     assert again.train_step() != first
 
 
+def test_each_batch_draws_a_dropout_of_its_own():
+    trainer, seeds = tiny_trainer(), []
+    trainer._loss.register_forward_pre_hook(lambda *_: seeds.append(torch.initial_seed()))
+    for _ in range(3):
+        trainer.train_step()
+    assert len(set(seeds)) == 3 * 4
+
+
 @pytest.mark.parametrize("norm_first", [False, True])
 def test_activations_computed_twice_give_the_same_bits(norm_first):
     sizes = {

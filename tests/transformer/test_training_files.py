@@ -28,14 +28,14 @@ def no_room():
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-class Better:
-    """A validation that finds each model better than the one before."""
+class Scripted:
+    """A validation with these BLEUs, one after another, and 0 from then on."""
 
-    bleu = 0.0
+    def __init__(self, *bleu):
+        self.bleu = list(bleu)
 
     def measure(self, translator, on_batch):
-        self.bleu += 1.0
-        return 1.0, self.bleu
+        return 1.0, self.bleu.pop(0) if self.bleu else 0.0
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +46,9 @@ def tokenizer():
 def run_in(folder, tokenizer, lines, full=range(0)):
     """A run of a checkpoint each second step, and its trainer; no room for files in steps of `full`."""
     trainer = tiny_trainer()
-    run = TrainingRun(trainer, tokenizer, folder, {}, validation=Better(), every=2, average=2, say=lines.append)
+    run = TrainingRun(
+        trainer, tokenizer, folder, {}, validation=Scripted(1.0, 3.0, 3.0, 2.0), every=2, average=2, say=lines.append
+    )
     check_point = run._check_point
 
     def in_a_full_folder(stop):
@@ -82,6 +84,8 @@ def test_the_training_goes_on_and_the_old_checkpoints_stay(tmp_path, tokenizer):
         assert any(f"step 4  {name} is not written, the one before it stays: [Errno 27]" in line for line in lines)
     assert files(tmp_path) == [BEST, LAST, f"{SNAPSHOTS}/step-000000002.safetensors",
                                f"{SNAPSHOTS}/step-000000007.safetensors"]  # fmt: skip
+
+    assert read_file(tmp_path / BEST)[1]["progress"]["best"]["step"] == 7, "the best of those that were written"
 
     undisturbed, other = run_in(tmp_path / "other", tokenizer, [])
     (tmp_path / "other").mkdir()
