@@ -222,7 +222,11 @@ class Trainer:
         Raises:
             ValueError: the state is not whole, or the options differ.
         """
-        differences = self.options.differences(TrainingOptions(**values["options"]))
+        try:
+            begun_with = TrainingOptions(**values.get("options", {}))
+        except TypeError as error:
+            raise ValueError(f"the training was begun with options unknown here: {error}") from None
+        differences = self.options.differences(begun_with)
         if differences:
             raise ValueError(f"training was begun with other options (now, then): {'; '.join(differences)}")
         try:

@@ -10,6 +10,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import fused_transformer as ours
+from fused_transformer.processes import Processes
+from tests.transformer.crew import run_crew
 from tests.transformer.models import SOURCE, TARGET, tiny
 
 WORLD = 2
@@ -25,14 +27,13 @@ def loss(model: nn.Module, rank: int) -> Tensor:
     return ours.smoothed_cross_entropy(model(source, target[:, :-1]), target[:, 1:])
 
 
-def work(rank: int, file: str) -> None:
+def work(processes: Processes) -> None:
     """What each process does; an error in it is the test's."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
     from torch.nn.parallel import DistributedDataParallel
 
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=WORLD)
+    rank = processes.rank
     torch.manual_seed(0)
     alone = tiny()
     (sum(loss(alone, r) for r in range(WORLD)) / WORLD).backward()
@@ -55,10 +56,8 @@ def work(rank: int, file: str) -> None:
     for name, p in shard.named_parameters():
         assert p.to_local().numel() < p.numel()  # it holds a part alone
         torch.testing.assert_close(p.grad.full_tensor(), expected[name])
-    dist.destroy_process_group()
 
 
-@pytest.mark.slow  # two processes import torch
 @pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="this torch has no gloo")
 def test_gradients_are_those_of_one_process_on_both_batches(tmp_path: Path):
-    torch.multiprocessing.spawn(work, (str(tmp_path / "rendezvous"),), nprocs=WORLD)
+    run_crew(work, WORLD, tmp_path)

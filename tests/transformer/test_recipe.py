@@ -194,6 +194,19 @@ def test_compiled_layers_train_as_eager_ones(monkeypatch):
     assert compiled.state()[1].keys() == eager.state()[1].keys()
 
 
+def test_a_state_from_before_an_option_existed_has_its_default_and_one_from_later_is_refused():
+    trainer = tiny_trainer(accumulate=1)
+    values, tensors = trainer.state()
+    for name in ("accumulate", "precision"):
+        values["options"].pop(name)
+    trainer.load_state(values, tensors)
+    with pytest.raises(ValueError, match=r"other options \(now, then\): accumulate: 2, 1"):
+        tiny_trainer(accumulate=2).load_state(values, tensors)
+    values["options"]["colour"] = "red"
+    with pytest.raises(ValueError, match=r"begun with options unknown here: .*colour"):
+        trainer.load_state(values, tensors)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
