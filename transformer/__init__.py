@@ -11,6 +11,7 @@ from fused_transformer.decoding import beam_search, generate, greedy
 from fused_transformer.embedding import TokenEmbedding
 from fused_transformer.feed_forward import FeedForward
 from fused_transformer.fusing import FuseReport, fuse, unfuse
+from fused_transformer.graphed import GraphedTransformer
 from fused_transformer.incremental import DecoderState
 from fused_transformer.inference import PackedTransformer
 from fused_transformer.layers import DecoderLayer, EncoderLayer
@@ -33,6 +34,7 @@ __all__ = [
     "EncoderLayer",
     "FeedForward",
     "FuseReport",
+    "GraphedTransformer",
     "Hypotheses",
     "ModelReport",
     "MultiheadAttention",

@@ -45,7 +45,9 @@ def _translate(options: argparse.Namespace) -> None:
             raise ValueError(f"--output is {read}, which is to be read")
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    translator = Translator.load(options.model, options.device, weights=options.weights)
+    translator = Translator.load(
+        options.model, options.device, weights=options.weights, cuda_graphs=options.cuda_graphs
+    )
     typed = options.input is None and sys.stdin.isatty()
     with contextlib.ExitStack() as stack:
         lines = _lines(options.input, options.errors, stack)

@@ -30,6 +30,8 @@ def parser() -> argparse.ArgumentParser:
     weights = "how the weights are kept, on a CPU: fewer bits are less to read, and a little less exact"
     parser.add_argument("--weights", choices=WEIGHTS, default="float32", help=weights)
     parser.add_argument("--int8", action="store_const", dest="weights", const="int8", help="--weights int8")
+    graphs = "on a CUDA device a step is captured as a graph, and replayed; not yet run on one"
+    parser.add_argument("--cuda-graphs", action="store_true", help=graphs)
     _add_text(parser.add_argument_group("text"))
     _add_search(parser.add_argument_group("search"))
     _add_sampling(parser.add_argument_group("sampling, instead of searching for the likeliest"))

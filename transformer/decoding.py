@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -17,14 +17,15 @@ from fused_transformer.sampling import sentence_keys
 from fused_transformer.search import Hypotheses, OnTokens, SearchOptions, search
 
 if TYPE_CHECKING:
+    from fused_transformer.graphed import GraphedTransformer
     from fused_transformer.inference import PackedTransformer
     from fused_transformer.model import Transformer
 
-    Model: TypeAlias = Transformer | PackedTransformer
+    Model: TypeAlias = Transformer | PackedTransformer | GraphedTransformer
 
 
 @contextmanager
-def evaluating(model: torch.nn.Module | PackedTransformer) -> Iterator[None]:
+def evaluating(model: torch.nn.Module | PackedTransformer | GraphedTransformer) -> Iterator[None]:
     """Dropout is off inside the block; afterwards the model is in the mode it was in."""
     training = model.training
     model.eval()
@@ -39,7 +40,7 @@ class _CachedStep:
 
     def __init__(self, model: Model, memory: Tensor, memory_lengths: Tensor, beam_size: int) -> None:
         self.model, self.beam_size, self.sentences = model, beam_size, len(memory)
-        self.state = model.start(memory, memory_lengths, beam_size=beam_size)
+        self.state: Any = model.start(memory, memory_lengths, beam_size=beam_size)  # the model's own kind
 
     def __call__(self, prefixes: Tensor, sentences: Tensor, parents: Tensor) -> Tensor:
         beams = parents.view(-1, self.beam_size)
@@ -83,7 +84,7 @@ def generate(
     A translation does not depend on the other sentences of its batch (but for the rounding of matrix products).
 
     Args:
-        model: a Transformer, decoded in eval mode and left in the mode it was in; or one packed for translation.
+        model: a Transformer, decoded in eval mode and left in the mode it was in; or a packed or graphed one.
         source_tokens: (B, S) int64, right-padded with the model's padding_idx.
         source_lengths: (B,) int64; None counts the tokens that are not padding.
         options: None: the paper's beam search.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -71,6 +72,19 @@ class DecoderState:
         if self.ancestors is not None:
             self.ancestors[:, self.length] = torch.arange(self.rows, device=self.ancestors.device)
 
+    def append(self, index: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """Layer `index` of the newest position gets k and v (R, H, 1, D); what `decode_attention` reads then.
+
+        Returns:
+            k_cache, v_cache, lengths and rows.
+        """
+        filled = self.length + 1
+        here = slice(self.length, filled)  # and no number, which torch.compile would take for a constant
+        keys, values = self.cache[index]
+        keys[: self.rows, :, here], values[: self.rows, :, here] = k, v
+        ancestors = None if self.ancestors is None else self.ancestors[:, :filled]
+        return keys[:, :, :filled], values[:, :, :filled], None, ancestors
+
     def _follow(self, rows: Tensor) -> None:
         ancestors = self.ancestors
         if ancestors is None:
@@ -97,24 +111,23 @@ def new_state(
     return DecoderState(projected, lengths, cache, beam_size=beam_size)
 
 
-def step_layer(layer: DecoderLayer, index: int, x: Tensor, residual: Tensor | None, state: DecoderState):
-    """Layer `index` on x (R, 1, E), the newest position; returns what a chained `DecoderLayer` returns."""
-    filled = state.length + 1
-    here = slice(state.length, filled)  # and no number, which torch.compile would take for a constant
-    keys, values = state.cache[index]
-    ancestors = None if state.ancestors is None else state.ancestors[:, :filled]
+def step_layer(layer: DecoderLayer, index: int, x: Tensor, residual: Tensor | None, state: Any):
+    """Layer `index` on x (R, 1, E), the newest position; returns what a chained `DecoderLayer` returns.
+
+    state: a DecoderState, or what appends, and has memory, its lengths and its sources, as one.
+    """
     beams = (-1, state.beam_size)
 
     def attend(y: Tensor) -> Tensor:
         q, k, v = layer.self_attn.project(y, y, y)
-        keys[: state.rows, :, here], values[: state.rows, :, here] = k, v
-        heads = decode_attention(q, keys[:, :, :filled], values[:, :, :filled], rows=ancestors)
-        return layer.self_attn.merge(heads)
+        keys, values, lengths, ancestors = state.append(index, k, v)
+        return layer.self_attn.merge(decode_attention(q, keys, values, lengths, rows=ancestors))
 
     def attend_to_memory(y: Tensor) -> Tensor:
         q = layer.multihead_attn.project_query(y)
         q = q.squeeze(2).unflatten(0, beams).transpose(1, 2)  # (B, H, beams, D): the beams read one memory
-        heads = decode_attention(q, *state.memory[index], state.memory_lengths, rows=state.sources, causal=False)
+        keys, values = state.memory[index]
+        heads = decode_attention(q, keys, values, state.memory_lengths, rows=state.sources, causal=False)
         return layer.multihead_attn.merge(heads.transpose(1, 2).flatten(0, 1).unsqueeze(2))
 
     return layer.run_sublayers((attend, attend_to_memory, layer.feed_forward), x, residual, chained=True)

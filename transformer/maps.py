@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fused_transformer.decoding import evaluating, generate
+from fused_transformer.graphed import GraphedTransformer
 from fused_transformer.hypotheses import Hypotheses
 from fused_transformer.inference import PackedTransformer
 from fused_transformer.inference_maps import packed_weights
@@ -170,7 +171,7 @@ def attention_maps(
         if isinstance(model, PackedTransformer):
             recorded = packed_weights(model, *arguments)
         else:
-            recorded = _weights(model, *arguments)
+            recorded = _weights(model.model if isinstance(model, GraphedTransformer) else model, *arguments)
     stacked = {
         kind: torch.stack([x.float().cpu() for x in layers]) if layers else None
         for kind, layers in zip(KINDS, recorded, strict=True)

@@ -236,7 +236,7 @@ class Transformer(nn.Module):
     def _target_table(self) -> TokenEmbedding:
         return self.source_embedding if self.target_embedding is None else self.target_embedding
 
-    def _embed_target(self, tokens: Tensor, start: int = 0) -> Tensor:
+    def _embed_target(self, tokens: Tensor, start: int | Tensor = 0) -> Tensor:
         return self._target_table()(tokens, start=start)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from torch import Tensor
 from fused_transformer.batches import Ragged, cut_by_tokens
 from fused_transformer.checkpoint import find_checkpoint, load_checkpoint
 from fused_transformer.decoding import generate
+from fused_transformer.graphed import GraphedTransformer
 from fused_transformer.hypotheses import NEVER, Hypotheses, NewTokens
 from fused_transformer.inference import PackedTransformer
 from fused_transformer.maps import AttentionMaps, attention_maps, targets_of
@@ -21,6 +22,9 @@ from fused_transformer.model import Transformer
 from fused_transformer.search_options import SearchOptions
 from fused_transformer.text_stream import NewText, TextStream
 from fused_transformer.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from fused_transformer.decoding import Model
 
 Pair = tuple[str, "str | None"]  # a line, and what its translation begins with
 WEIGHTS = ("float32", "bfloat16", "int8")
@@ -41,15 +45,20 @@ class Translation(NamedTuple):
     attention: AttentionMaps | None = None
 
 
-def with_weights(model: Transformer, weights: str) -> Transformer | PackedTransformer:
+def with_weights(model: Transformer, weights: str, *, cuda_graphs: bool = False) -> Model:
     """What decodes for `model` with its weights kept as `weights`: packed for translation where it is on a CPU.
 
+    cuda_graphs: steps replay CUDA graphs, see `GraphedTransformer`.
+
     Raises:
-        ValueError: there is no such way to keep them, or weights other than the model's own are asked for elsewhere.
+        ValueError: there is no such way to keep them; weights other than the model's own are asked for elsewhere, or
+            CUDA graphs where there is no CUDA device.
     """
     if weights not in WEIGHTS:
         raise ValueError(f"weights must be one of {', '.join(map(repr, WEIGHTS))}, got {weights!r}")
     device = model.source_embedding.weight.device
+    if cuda_graphs and weights == "float32":
+        return GraphedTransformer(model)
     if device.type == "cpu" and model.config.num_decoder_layers:
         return PackedTransformer(model, weights=weights)
     if weights != "float32":
@@ -65,18 +74,25 @@ class Translator:
         tokenizer: the model's.
     """
 
-    def __init__(self, model: Transformer | PackedTransformer, tokenizer: Tokenizer) -> None:
+    def __init__(self, model: Model, tokenizer: Tokenizer) -> None:
         self.model, self.tokenizer = model, tokenizer
 
     @classmethod
-    def load(cls, path: str | Path, device: torch.device | str = "cpu", *, weights: str = "float32") -> Translator:
+    def load(
+        cls,
+        path: str | Path,
+        device: torch.device | str = "cpu",
+        *,
+        weights: str = "float32",
+        cuda_graphs: bool = False,
+    ) -> Translator:
         """From a checkpoint file, or from the folder that `train` wrote (its best checkpoint); see `with_weights`.
 
         Raises:
             FileNotFoundError, ValueError: there is no whole checkpoint, or `with_weights` refuses `weights`.
         """
         model, tokenizer, _, _ = load_checkpoint(find_checkpoint(path))
-        return cls(with_weights(model.to(device).eval(), weights), tokenizer)
+        return cls(with_weights(model.to(device).eval(), weights, cuda_graphs=cuda_graphs), tokenizer)
 
     def translate(
         self,
