@@ -1,4 +1,4 @@
-"""`python -m fused_transformer info | train | translate | show`."""
+"""`python -m fused_transformer info | train | translate | show | demo`."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ COMMANDS = {
     "info": ("info", "versions, device, and which backends each op has here"),
     "train": ("cli_train", "train a translation model on two parallel text files"),
     "show": ("cli_show", "pictures: attention heads, positions, distributions, beams, masks"),
+    "demo": ("cli_demo", "train a small model on made-up sentences, and see what it learned"),
     "translate": ("cli_translate", "translate text, line by line"),
 }
 DRAWING_LIBRARIES = ("matplotlib",)

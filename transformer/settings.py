@@ -25,7 +25,7 @@ MODEL = {
 }
 TEXT = {
     "vocab_size": (int, "most subwords, shared by source and target"),
-    "algorithm": (str, "bpe or unigram"),
+    "algorithm": (str, "bpe, unigram or word"),
     "max_length": (int, "pairs with more subwords on a side are left out"),
 }
 TRAINING = {

@@ -9,8 +9,9 @@ from collections.abc import Iterable, Sequence
 import sentencepiece
 
 PADDING, BOS, EOS, UNKNOWN = 0, 1, 2, 3
-ALGORITHMS = ("bpe", "unigram")
+ALGORITHMS = ("bpe", "unigram", "word")
 
+_SPACE = "\u2581"
 _BYTES = 256  # pieces that spell what the vocabulary lacks
 
 
@@ -53,7 +54,7 @@ class Tokenizer:
         Args:
             lines: the text; sentencepiece passes over lines of more than 4192 bytes.
             vocab_size: 4 special tokens, 256 bytes, and the pieces; fewer where the text has no more to offer.
-            algorithm: "bpe" or "unigram".
+            algorithm: "bpe", "unigram", or "word" for whole words as they are between spaces.
             character_coverage: the share of the text's characters that get pieces of their own.
 
         Raises:
@@ -114,4 +115,5 @@ class Tokenizer:
 
         Bytes that are no UTF-8 become U+FFFD.
         """
-        return [self._processor.decode(list(row)) for row in tokens]
+        # With whole words, the space ahead of an unknown one is spelled in bytes too, as sentencepiece's sign for it.
+        return [self._processor.decode(list(row)).removeprefix(_SPACE).replace(_SPACE, " ") for row in tokens]

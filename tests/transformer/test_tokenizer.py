@@ -19,6 +19,11 @@ def tokenizer(request):
     return Tokenizer.learn(TEXT, 340, algorithm=request.param)
 
 
+@pytest.fixture(scope="module")
+def words():
+    return Tokenizer.learn(TEXT, 340, algorithm="word")
+
+
 def test_known_text_survives_the_round_trip(tokenizer):
     assert tokenizer.decode(tokenizer.encode(TEXT)) == TEXT
 
@@ -49,6 +54,15 @@ def test_bytes_that_are_no_text_do_not_stop_decoding(tokenizer):
     assert "\ufffd" in tokenizer.decode([tokens[:-1]])[0]
 
 
+def test_whole_words_are_tokens_and_others_are_spelled(words):
+    assert [len(row) for row in words.encode(TEXT)] == [len(line.split()) for line in TEXT]
+    assert words.decode(words.encode(TEXT)) == TEXT
+    unknown = ["little  日本 🦊 girl", "Ærø", "a l'zèbre"]
+    assert all(min(row) > 3 for row in words.encode(unknown))
+    assert words.decode(words.encode(unknown)) == ["little 日本 🦊 girl", "Ærø", "a l'zèbre"]
+    assert Tokenizer(words.to_bytes()).encode(unknown) == words.encode(unknown)
+
+
 def test_the_model_survives_as_bytes(tokenizer):
     again = Tokenizer(tokenizer.to_bytes())
     assert len(again) == len(tokenizer)
@@ -70,7 +84,7 @@ def test_the_vocabulary_is_no_larger_than_the_text_allows():
         (([], 300), {}, "text without a word"),
         ((["", "  "], 300), {}, "text without a word"),
         ((TEXT, 100), {}, "vocab_size 100 is too small"),
-        ((TEXT, 300), {"algorithm": "words"}, "algorithm must be one of 'bpe', 'unigram', got 'words'"),
+        ((TEXT, 300), {"algorithm": "words"}, "algorithm must be one of 'bpe', 'unigram', 'word', got 'words'"),
         ((TEXT, 300), {"character_coverage": 1.5}, "character_coverage must be above 0 and at most 1"),
     ],
 )
