@@ -1,4 +1,4 @@
-"""`python -m fused_transformer info | train | translate | show | demo`."""
+"""`python -m fused_transformer info | train | translate | show | demo | plot`."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ COMMANDS = {
     "train": ("cli_train", "train a translation model on two parallel text files"),
     "show": ("cli_show", "pictures: attention heads, positions, distributions, beams, masks"),
     "demo": ("cli_demo", "train a small model on made-up sentences, and see what it learned"),
+    "plot": ("cli_plot", "loss, learning rate and BLEU of trainings as curves"),
     "translate": ("cli_translate", "translate text, line by line"),
 }
 DRAWING_LIBRARIES = ("matplotlib",)

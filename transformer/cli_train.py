@@ -19,6 +19,7 @@ from fused_transformer.processes import Processes, own_device
 from fused_transformer.text import read_parallel
 from fused_transformer.tokenizer import Tokenizer
 from fused_transformer.training import Trainer
+from fused_transformer.training_log import LOG, TrainingLog
 from fused_transformer.training_run import TrainingRun
 from fused_transformer.translation import Translator
 
@@ -48,7 +49,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m fused_transformer train",
         description="Train a translation model on two UTF-8 text files: line i of one translates line i of the other.",
-        epilog=f"The output folder gets {LAST} (all that --resume needs) and {BEST} (the model to translate with).",
+        epilog=f"The output folder gets {LAST} (all that --resume needs) and {BEST} (the model to translate with), "
+        f"and {LOG} (for plot).",
     )
     files = parser.add_argument_group("files")
     files.add_argument("--source", required=True, metavar="FILE", help="text to translate from, a sentence a line")
@@ -71,6 +73,9 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--compile", action="store_true", help="put the layers through torch.compile")
     run.add_argument("--checkpoint-activations", action="store_true", help="compute the layers' activations twice "
                      "instead of keeping them: less memory, the same numbers")  # fmt: skip
+    run.add_argument("--log-every", type=int, default=50, help=f"steps from one line of {LOG} to the next "
+                     "(default: %(default)s)")  # fmt: skip
+    run.add_argument("--tensorboard", action="store_true", help="write TensorBoard's files too, to DIR/tensorboard")
     run.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
     run.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
     presets.add_arguments(parser)
@@ -104,6 +109,7 @@ def _train(options: argparse.Namespace, device: torch.device, processes: Process
         compile=options.compile,
         checkpoint_activations=options.checkpoint_activations,
     )
+    log = TrainingLog(folder, every=options.log_every, tensorboard=options.tensorboard)
     processes.once(lambda: folder.mkdir(parents=True, exist_ok=True))
     run = TrainingRun(
         trainer,
@@ -113,6 +119,7 @@ def _train(options: argparse.Namespace, device: torch.device, processes: Process
         validation=_validation(held_out, tokenizer, settings, options),
         every=options.every,
         average=options.average,
+        log=log if processes.first else None,
     )
     if options.resume:
         run.resume(state, tensors)
@@ -148,7 +155,7 @@ def _check(options: argparse.Namespace) -> None:
     for kind in ("valid", "test"):
         if bool(getattr(options, f"{kind}_source")) != bool(getattr(options, f"{kind}_target")):
             raise ValueError(f"--{kind}-source and --{kind}-target go together, but only one was given")
-    for name in ("steps", "minutes", "every", "bleu_sentences", "threads"):
+    for name in ("steps", "minutes", "every", "bleu_sentences", "log_every", "threads"):
         value = getattr(options, name)
         if value is not None and not value > 0:
             raise ValueError(f"--{name.replace('_', '-')} must be positive, got {value}")

@@ -17,6 +17,7 @@ from fused_transformer.evaluation import Validation
 from fused_transformer.stop_signal import StopSignal
 from fused_transformer.tokenizer import Tokenizer
 from fused_transformer.training import Trainer
+from fused_transformer.training_log import TrainingLog
 from fused_transformer.translation import Translator
 
 SNAPSHOTS = "snapshots"
@@ -61,6 +62,7 @@ class TrainingRun:
         validation: None to do without.
         every: steps from one validation and checkpoint to the next.
         average: how many to average; 0 or 1: none.
+        log: the first process's, closed when `run` ends; None: there is none.
         say: takes each line of the report.
     """
 
@@ -74,10 +76,11 @@ class TrainingRun:
         validation: Validation | None = None,
         every: int = 1000,
         average: int = 5,
+        log: TrainingLog | None = None,
         say: Callable[[str], object] = tqdm.write,
     ) -> None:
         self.trainer, self.tokenizer, self.folder, self.settings = trainer, tokenizer, folder, settings
-        self.validation, self.every, self.average, self.say = validation, every, average, say
+        self.validation, self.every, self.average, self.log, self.say = validation, every, average, log, say
         self.progress = Progress()
         self.fingerprint = trainer.corpus.fingerprint()
         self._losses: deque[float] = deque(maxlen=100)
@@ -120,7 +123,7 @@ class TrainingRun:
                     continue
                 if over:
                     break
-                self._losses.append(trainer.train_step())
+                self._train_step(begun)
                 rate = (trainer.tokens - tokens_before) / (time.monotonic() - begun - seconds_before)
                 bar.set_postfix_str(self._postfix(rate), refresh=False)
                 done = trainer.step if minutes is None else min(self.progress.seconds, bar.total)
@@ -130,7 +133,24 @@ class TrainingRun:
                 processes.once(lambda: self._save(LAST, whole=True))
             if not stopped:
                 processes.once(lambda: self._finish(stop))
+            if self.log is not None:
+                self.log.close()
             return not any(processes.sums([stop.requested]))
+
+    def _train_step(self, begun: float) -> None:
+        trainer, tokens, start = self.trainer, self.trainer.tokens, time.monotonic()
+        self._losses.append(trainer.train_step())
+        if self.log is not None:
+            now = time.monotonic()
+            self.log.on_step(
+                trainer.step,
+                seconds=now - begun,
+                took=now - start,
+                tokens=trainer.tokens - tokens,
+                loss=self._losses[-1],
+                learning_rate=trainer.schedule.rate(trainer.step),
+                gradient_norm=trainer.grad_norm,
+            )
 
     def _check_agreement(self) -> None:
         """All processes are to take the same steps, over the same text."""
@@ -141,11 +161,13 @@ class TrainingRun:
                 raise ValueError(f"process {rank} has not the text, the options and the checkpoint of process 0")
 
     def _tidy(self) -> None:
-        """Remove what a killed process has left: files half-written, and snapshots later than its last checkpoint."""
+        """Remove what a killed process has left: files half-written, snapshots and log beyond its last checkpoint."""
         left = [path for folder in (self.folder, self.folder / SNAPSHOTS) for path in folder.glob(UNFINISHED)]
         left += [path for path in self._snapshots() if path.name > self._snapshot_name()]
         for path in left:
             path.unlink(missing_ok=True)
+        if self.log is not None:
+            self.log.begin(self.trainer.step)
 
     def _snapshots(self) -> list[Path]:
         return sorted((self.folder / SNAPSHOTS).glob("step-*.safetensors"))
@@ -155,9 +177,10 @@ class TrainingRun:
 
     def _postfix(self, tokens_per_second: float) -> str:
         rate = self.trainer.schedule.get_last_lr()[0]
+        bleu = f", BLEU {self.progress.history[-1]['bleu']:.2f}" if self.progress.history else ""
         return (
             f"step {self.trainer.step}, epoch {self.trainer.batches.epoch + 1}, loss {self._train_loss():.3f}, "
-            f"lr {rate:.2e}, {tokens_per_second:.0f} target tokens/s"
+            f"lr {rate:.2e}, {tokens_per_second:.0f} target tokens/s{bleu}"
         )
 
     def _train_loss(self) -> float:
@@ -184,7 +207,9 @@ class TrainingRun:
             if measured is None:
                 return self.progress  # not noted as validated, so a resumed run does it again
             loss, bleu = measured
-            entry = {"step": step, "loss": loss, "bleu": bleu}
+            entry: dict[str, Any] = {"step": step, "loss": loss, "bleu": bleu}
+            if self.log is not None:
+                self.log.on_validation(**entry, seconds=self.progress.seconds)
             better = self._keep_if_best(entry)
             self.progress.history.append({**entry, "seconds": self.progress.seconds, "train_loss": self._train_loss()})
             self.say(
@@ -221,6 +246,8 @@ class TrainingRun:
         if whole:
             state["trainer"], tensors = self.trainer.state()
             state["fingerprint"] = self.fingerprint
+            if self.log is not None:
+                self.log.sync()
         path = self.folder / name
         path.parent.mkdir(exist_ok=True)
         save_checkpoint(path, self.trainer.model, self.tokenizer, state, tensors)
@@ -248,7 +275,10 @@ class TrainingRun:
         measured = self._measure(stop)
         if measured is not None:
             loss, bleu = measured
-            better = self._keep_if_best({"step": self.trainer.step, "loss": loss, "bleu": bleu, "averaged": len(paths)})
+            entry: dict[str, Any] = {"step": self.trainer.step, "loss": loss, "bleu": bleu, "averaged": len(paths)}
+            if self.log is not None:
+                self.log.on_validation(**entry, seconds=self.progress.seconds)
+            better = self._keep_if_best(entry)
             self.say(
                 f"average of the last {len(paths)}  valid loss {loss:.3f}  BLEU {bleu:.2f}{'  best' if better else ''}"
             )

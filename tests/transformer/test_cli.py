@@ -64,7 +64,8 @@ def test_training_reports_and_keeps_what_it_promises(trained):
     assert all("train loss" in line and "valid loss" in line and "BLEU" in line for line in lines[1:4])
     assert any(line.startswith("average of the last 3") for line in lines)
     assert lines[-1].startswith("test BLEU ") and "beam 4" in lines[-1] and "tok:13a" in lines[-1]
-    assert {path.name for path in (folder / "model").iterdir()} == {"best.safetensors", "last.safetensors", "snapshots"}
+    files = {"best.safetensors", "last.safetensors", "log.jsonl", "snapshots"}
+    assert {path.name for path in (folder / "model").iterdir()} == files
     _, state = read_file(folder / "model" / "last.safetensors")
     assert state["trainer"]["step"] == 50 and state["settings"]["d_model"] == 32
     losses = [entry["loss"] for entry in state["progress"]["history"]]
@@ -204,6 +205,7 @@ def test_refused_texts(tmp_path, capsys):
     assert "num_heads must divide d_model" in refused(None, None, "--num-heads", "5")
     assert "--valid-source and --valid-target go together" in refused(None, None, "--valid-source", source)
     assert "--steps must be positive" in refused(None, None, "--steps", "0")
+    assert "--log-every must be positive" in refused(None, None, "--log-every", "0")
     err = refused_training(capsys, "--source", str(tmp_path / "nowhere"), "--target", target, "--output", output)
     assert "No such file" in err and "nowhere" in err
     assert not os.path.exists(output), "nothing is made ahead of an error"
