@@ -5,12 +5,16 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
 from fused_transformer import demo
 from fused_transformer.demo import DemoResult
+from fused_transformer.demo.it import it_heads
+from fused_transformer.show import distributions
+from fused_transformer.show.picture import require_matplotlib
 
 SHOWN = 10  # wrong translations of a kind
 TITLES = {
@@ -46,6 +50,11 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--minutes", type=float, default=1.5, help="most time to train (default: %(default)s)")
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
     parser.add_argument("--output", metavar="DIR", help="keep the model there, for translate and show")
+    parser.add_argument(
+        "--show",
+        metavar="DIR",
+        help="find the heads that tell what *it* stands for, and draw them there, as a figure and as pages",
+    )
     return parser
 
 
@@ -54,6 +63,8 @@ def _demo(options: argparse.Namespace) -> None:
         if options.threads < 1:
             raise ValueError(f"--threads must be positive, got {options.threads}")
         torch.set_num_threads(options.threads)
+    if options.show:
+        require_matplotlib()  # ahead of a minute of training
     with tqdm(total=options.steps, unit="step", disable=None, dynamic_ncols=True, leave=False) as bar:
 
         def on_step(step: int, loss: float) -> None:
@@ -62,10 +73,28 @@ def _demo(options: argparse.Namespace) -> None:
 
         result = demo.run(options.seed, steps=options.steps, minutes=options.minutes, on_step=on_step)
     print("\n".join(report(result)))
+    if options.show:
+        print("\n".join(_show(result, Path(options.show))))
     if options.output:
         path = result.save(options.output)
         print(f"\nThe model is {path}. It knows the words of its sentences alone; try")
         print(f'  echo "{demo.WIDE.source}" | python -m fused_transformer translate --model {options.output}')
+
+
+def _show(result: DemoResult, folder: Path) -> list[str]:
+    """Draw what *it* stands for, and the tutorial's distributions; what was found, and the files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    found = it_heads(result)
+    tired, wide = found.views()
+    outputs = {"untrained": result.outputs.before, "trained": result.outputs.after}
+    labels = result.tokenizer.pieces(range(len(result.tokenizer)))
+    files = [
+        found.figure().save(folder / "it.svg"),
+        tired.save(folder / "tired.html"),
+        wide.save(folder / "wide.html"),
+        distributions(outputs, result.outputs.targets, labels=labels, most=8).save(folder / "distributions.svg"),
+    ]
+    return ["", "What *it* stands for:", "", f"  {found}", "", *map(str, files)]
 
 
 def report(result: DemoResult) -> list[str]:

@@ -62,6 +62,14 @@ def test_heads_that_link_are_found_and_drawn_side_by_side():
     best, second, *rest = show.linking_heads([(tired, "it", "animal"), (wide, 4, 3)])
     assert best[:2] == (1, 2) and best.weights == pytest.approx((0.8, 0.7))
     assert second[:2] == (0, 3) and second.weights == pytest.approx((0.2, 0.6)) and len(rest) == 6
+    assert best.margins == best.weights
+    tired.encoder_self[:, :, 4, 3], wide.encoder_self[:, :, 4, 1] = 0.01, 0.02
+    tired.encoder_self[1, 2, 4, 3] = 0.7  # a rival beside the right one
+    first, *_ = show.linking_heads(
+        [show.Link(tired, "it", "animal", "cross"), show.Link(wide, "it", "cross", "animal")]
+    )
+    assert first[:2] == (0, 3) and first.weights == pytest.approx((0.2, 0.6))
+    assert first.margins == pytest.approx((0.19, 0.58))
     one = show.heads(tired, layer=best.layer, heads=[best.head], token="it")
     both = show.side_by_side(one, show.heads(wide, layer=best.layer, heads=[best.head], token="it"))
     assert len(both.figure.axes) == 2

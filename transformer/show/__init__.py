@@ -13,7 +13,7 @@ itself in Jupyter and has `save(path)`. On the command line: `fused-transformer 
 from fused_transformer.beam_tree import BeamTree
 from fused_transformer.show.beam_picture import beam, trace_beams
 from fused_transformer.show.heads_page import Heads, heads, side_by_side
-from fused_transformer.show.linking import LinkingHead, linking_heads
+from fused_transformer.show.linking import Link, LinkingHead, linking_heads
 from fused_transformer.show.mask_grids import allowed, masks
 from fused_transformer.show.output_distributions import distributions, output_distributions
 from fused_transformer.show.picture import Picture
@@ -22,6 +22,7 @@ from fused_transformer.show.position_tables import positions
 __all__ = [
     "BeamTree",
     "Heads",
+    "Link",
     "LinkingHead",
     "Picture",
     "allowed",

@@ -92,20 +92,31 @@ class Picture:
         return self.to_bytes("png")
 
 
-def new_figure(width: float, height: float) -> Figure:
-    """An empty figure of so many inches, outside of pyplot and whatever state it has.
+def require_matplotlib() -> None:
+    """Nothing, where it is installed.
 
     Raises:
-        ModuleNotFoundError: matplotlib is not installed.
+        ModuleNotFoundError: it is not.
     """
     try:
-        from matplotlib.figure import Figure
+        import matplotlib.figure  # noqa: F401
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
             "drawing a figure needs matplotlib, which is not installed: pip install 'fused-transformer[show]' "
             "(the page of attention heads, .html, does without)",
             name=error.name,
         ) from None
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """An empty figure of so many inches, outside of pyplot and whatever state it has.
+
+    Raises:
+        ModuleNotFoundError: matplotlib is not installed.
+    """
+    require_matplotlib()
+    from matplotlib.figure import Figure
+
     return Figure(figsize=(width, height), facecolor="white")
 
 
