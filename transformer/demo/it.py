@@ -79,8 +79,8 @@ class ItHeads(NamedTuple):
 def it_heads(result: DemoResult) -> ItHeads:
     """Ask every head of the demo's model.
 
-    They are chosen on *it* sentences that it was trained on, and counted on the held-out ones; all of them with two
-    nouns that differ in gender.
+    Those are chosen that, on sentences it was trained on, give the right noun the most beyond the other, be it the
+    animal or not; and they are counted on the held-out ones. All these sentences have two nouns that differ in gender.
     """
     trained = [one for one in result.text.training if one.contrast][:ASKED]
     asked = _maps(result, trained)
@@ -93,8 +93,9 @@ def it_heads(result: DemoResult) -> ItHeads:
         for layer, pair in enumerate(best.tolist()):
             heads = sorted({*pair})
             together = margins[:, layer, heads].sum(-1)
-            found.append((int((together > 0).sum()), float(together.mean()), attention, query, layer, heads))
-    *_, attention, query, layer, heads = max(found, key=lambda one: one[:2])
+            weaker = min(float(together[which].mean()) for which in (of_animal, ~of_animal))
+            found.append((weaker, attention, query, layer, heads))
+    _, attention, query, layer, heads = max(found, key=lambda one: one[0])
 
     sentences = [TIRED, WIDE, *(one for one in result.text.held_out["it"] if one not in (TIRED, WIDE))]
     maps = _maps(result, sentences)
