@@ -77,7 +77,10 @@ def test_any_call_matches_the_reference(backend, device):
     if isinstance(op.module(backend), str):
         pytest.skip(f"attention, {backend}: {op.module(backend)}")
 
-    @settings(max_examples=40, deadline=None, derandomize=True, database=None, print_blob=False)
+    # Triton's interpreter takes a second where a kernel takes a millisecond.
+    @settings(
+        max_examples=20 if backend == "triton" else 40, deadline=None, derandomize=True, database=None, print_blob=False
+    )
     @given(calls)
     def check(call):
         tensors, options = make(call, device)

@@ -116,6 +116,15 @@ def test_a_line_typed_gives_a_line_at_once(model):
             os.close(keyboard)
 
 
+@pytest.fixture
+def heeding_ctrl_c():
+    """What a shell starts in the background is deaf to Ctrl-C, and so are its children."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("heeding_ctrl_c")
 @pytest.mark.parametrize("to_file", [False, True], ids=["pipe", "file"])
 def test_ctrl_c_leaves_complete_lines_only(model, tmp_path, to_file):
     """Interrupted in the middle, whoever reads: the lines that are there are whole, and the right ones."""
@@ -144,6 +153,7 @@ def test_ctrl_c_leaves_complete_lines_only(model, tmp_path, to_file):
     assert all(line == expected[i % 40] for i, line in enumerate(lines))
 
 
+@pytest.mark.usefixtures("heeding_ctrl_c")
 def test_ctrl_c_while_writing_takes_effect_behind_the_line(monkeypatch):
     """The reader has stopped: the first Ctrl-C waits for it, the second does not."""
 
