@@ -32,12 +32,11 @@ from torch import nn
 from bench import machine
 from bench.decoding_work import SPECIAL, Work, least_seconds, make_work, rates
 from bench.engines import ENGINES, EXPORTED, MODEL_FILE, Engine, Tokens
-from bench.report import ROOT, slug
+from bench.report import ROOT, write_comparison
 from bench.timing import Interleaved, quantiles
 from fused_transformer import Transformer, TransformerConfig, export
 from fused_transformer.checkpoint import load_model, save_model
 
-RESULTS = ROOT / "bench" / "results" / "ctranslate2"
 # Engine and weights; the first is what the others must agree with and are compared with.
 CONTESTANTS = (
     ("ctranslate2", "float32"),
@@ -256,12 +255,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as folder:
         result = compare(parsed, Path(folder))
     sys.stdout.write(table(result))
-    output = parsed.output
-    if output is None and not parsed.quick:
-        output = RESULTS / f"{slug(machine.processor())}_{result['date']}.json"
-    if output is not None:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(json.dumps(result, indent=1) + "\n")
+    if parsed.output or not parsed.quick:
+        write_comparison("ctranslate2", result, parsed.output)
     return 0
 
 

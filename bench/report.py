@@ -16,7 +16,7 @@ from datetime import date
 from itertools import groupby
 from pathlib import Path
 
-from bench import report_ctranslate2
+from bench import report_decoding
 
 ROOT = Path(__file__).parents[1]
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
@@ -31,6 +31,13 @@ def write_results(folder: Path, machine: dict, rooflines: dict, rows: list[dict]
     lines = ",\n".join(f"  {json.dumps(row, ensure_ascii=False)}" for row in rows)  # a line a row: diffs stay readable
     path.write_text("{\n" + ",\n".join(parts) + ',\n "rows": [\n' + lines + "\n ]\n}\n")
     return path
+
+
+def write_comparison(name: str, result: dict, output: Path | None = None) -> None:
+    """Write what a program of its own measured to `output`, or to bench/results/<name>, which README tells of."""
+    path = output or ROOT / "bench" / "results" / name / f"{slug(result['machine']['processor'])}_{result['date']}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=1) + "\n")
 
 
 def slug(name: str) -> str:
@@ -202,20 +209,13 @@ def main(arguments: list[str] | None = None) -> None:
         sections.append(markdown(results, figure.resolve().relative_to(options.readme.resolve().parent).as_posix()))
     if sections:
         update_readme(options.readme, "\n\n".join(sections))
-    decoding = [] if options.results or options.print else newest(ROOT / "bench" / "results" / "ctranslate2")
-    if decoding:
-        result = json.loads(decoding[-1].read_text())
-        update_readme(options.readme, report_ctranslate2.markdown(result), *report_ctranslate2.MARKS)
-    steps = [] if options.results or options.print else newest(ROOT / "bench" / "results" / "step")
-    if steps:
-        from bench import step  # which imports this module
-
-        section = step.markdown(json.loads(steps[-1].read_text()))
-        update_readme(options.readme, section, "<!-- step:begin -->", "<!-- step:end -->")
-    trained = [] if options.results or options.print else newest(ROOT / "bench" / "results" / "trained")
-    if trained:
-        result = json.loads(trained[-1].read_text())
-        update_readme(options.readme, report_ctranslate2.of_trained(result), *report_ctranslate2.TRAINED_MARKS)
+    if options.results or options.print:
+        return
+    for name, section in report_decoding.SECTIONS.items():
+        files = newest(ROOT / "bench" / "results" / name)
+        if files:
+            marks = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+            update_readme(options.readme, section(json.loads(files[-1].read_text())), *marks)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ rates measured in the same run.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Callable, Sequence
 from datetime import date
@@ -23,13 +22,13 @@ from torch import Tensor
 
 from bench import machine
 from bench.decoding_work import BYTES, rates
-from bench.report import ROOT, slug
+from bench.report import write_comparison
+from bench.report_decoding import of_step
 from bench.timing import Interleaved, quantiles
 from fused_transformer import PackedTransformer, Transformer, TransformerConfig
 from fused_transformer.kernels import decode_attention, layer_norm, log_softmax_top_k
 from fused_transformer.kernels.linear import linear
 
-RESULTS = ROOT / "bench" / "results" / "step"
 POSITION, SOURCE = 16, 32
 WORK = ((1, 1), (1, 4), (8, 1), (8, 4), (64, 1), (64, 4))  # sentences, beams
 ROUNDS = 21
@@ -121,24 +120,6 @@ def measure(model: PackedTransformer, batch: int, beams: int, threads: int, rate
     }
 
 
-def markdown(result: dict) -> str:
-    """The rows as a table, each part as its share of the step."""
-    shares = ("products", "attention", "norms", "rest", "vocabulary", "search")
-    lines = [
-        f"A step on {result['machine']['processor']}, {result['date']}, {POSITION} tokens into sources of {SOURCE}; "
-        "shares of it, and the least time for its products at this machine's own rates (`python -m bench.step`).",
-        "",
-        "| step | ms | " + " | ".join(shares) + " | limit |",
-        "|---|--:|" + "--:|" * (len(shares) + 1),
-    ]
-    for row in result["rows"]:
-        threads = f"{row['threads']} thread{'s' * (row['threads'] > 1)}"
-        name = f"{row['weights']}, batch {row['batch']}, {row['beams']} beam{'s' * (row['beams'] > 1)}, {threads}"
-        cells = [f"{row[part] / row['whole']:.0%}" for part in (*shares, "limit")]
-        lines.append(f"| {name} | {row['whole'] / 1e3:.2f} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
@@ -157,14 +138,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for threads in parsed.threads:
             rate = rates(threads)
             rows += [measure(model, batch, beams, threads, rate) for batch, beams in WORK]
-    result = {"machine": machine.facts(), "date": f"{date.today():%Y-%m-%d}", "rows": rows}
-    sys.stdout.write(markdown(result) + "\n")
-    output = parsed.output
-    if output is None and not parsed.quick:
-        output = RESULTS / f"{slug(machine.processor())}_{result['date']}.json"
-    if output is not None:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(json.dumps(result, indent=1) + "\n")
+    head = {"machine": machine.facts(), "date": f"{date.today():%Y-%m-%d}", "position": POSITION, "source": SOURCE}
+    result = {**head, "rows": rows}
+    sys.stdout.write(of_step(result) + "\n")
+    if parsed.output or not parsed.quick:
+        write_comparison("step", result, parsed.output)
     return 0
 
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import json
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -23,7 +22,7 @@ import torch
 
 from bench import machine
 from bench.ctranslate2 import CONTESTANTS
-from bench.report import ROOT, slug
+from bench.report import write_comparison
 from fused_transformer import SearchOptions, Transformer, export
 from fused_transformer.checkpoint import find_checkpoint, load_checkpoint
 from fused_transformer.evaluation import bleu
@@ -31,7 +30,6 @@ from fused_transformer.text import read_parallel
 from fused_transformer.tokenizer import Tokenizer
 from fused_transformer.translation import Translator, with_weights
 
-RESULTS = ROOT / "bench" / "results" / "trained"
 BEAM_SIZE, LONGEST = 4, 100
 PENALTIES = (1.0, 0.0)
 
@@ -98,6 +96,7 @@ def compare(path: Path, source: str, reference: str) -> dict:
         "date": f"{date.today():%Y-%m-%d}",
         "model": model.config.to_dict(),
         "step": (state.get("progress", {}).get("best") or {}).get("step"),
+        "source": Path(source).stem,
         "beam_size": BEAM_SIZE,
         "sentences": len(lines),
         "signature": signature,
@@ -130,9 +129,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     torch.set_num_threads(parsed.threads)
     result = compare(parsed.model, parsed.source, parsed.reference)
     sys.stdout.write(table(result))
-    output = parsed.output or RESULTS / f"{slug(machine.processor())}_{result['date']}.json"
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(result, indent=1) + "\n")
+    write_comparison("trained", result, parsed.output)
     return 0
 
 

@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from bench import ctranslate2 as comparison
-from bench import report_ctranslate2
-from bench.ctranslate2 import RESULTS
+from bench import report_decoding
 from bench.engines import MODEL_FILE, Fused
 from bench.report import ROOT, newest
 from fused_transformer.checkpoint import load_model
@@ -106,12 +105,12 @@ def test_the_least_time_is_reading_or_multiplying():
 
 
 def test_the_table_of_readme_is_of_the_committed_result():
-    files = newest(RESULTS)
+    files = newest(ROOT / "bench" / "results" / "ctranslate2")
     if not files:
         pytest.skip("no result is committed")
     result = json.loads(files[-1].read_text())
-    text = report_ctranslate2.markdown(result)
+    text = report_decoding.of_ctranslate2(result)
     assert text in (ROOT / "README.md").read_text()
     row = result["rows"][0]
-    for name in report_ctranslate2.COLUMNS.values():
+    for name in report_decoding.COLUMNS.values():
         assert f"{row['engines'][name]['tokens_per_second']:,.0f}" in text

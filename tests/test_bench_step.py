@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from bench import step
+from bench import report_decoding, step
 from bench.report import ROOT, newest
 from fused_transformer import PackedTransformer, Transformer, TransformerConfig
 
@@ -29,7 +29,8 @@ def test_a_row_holds_every_part(monkeypatch):
     assert all(x > 0 for x in parts) and row["whole"] == pytest.approx(sum(parts), abs=0.2)
     e, f, v = 16, 32, 50
     assert row["limit"] == pytest.approx(1e6 * 2 * (6 * (6 * e * e + 2 * e * f) + v * e) * 6 / 1e9, rel=1e-2)
-    text = step.markdown({"machine": {"processor": "P"}, "date": "D", "rows": [row]})
+    head = {"machine": {"processor": "P"}, "date": "D", "position": 16, "source": 32}
+    text = report_decoding.of_step({**head, "rows": [row]})
     assert "float32, batch 3, 2 beams, 1 thread" in text
 
 
@@ -44,7 +45,7 @@ def test_steps_are_of_one_position():
 
 
 def test_readme_shows_the_committed_result():
-    files = newest(step.RESULTS)
+    files = newest(ROOT / "bench" / "results" / "step")
     if not files:
         pytest.skip("no result is committed")
-    assert step.markdown(json.loads(files[-1].read_text())) in (ROOT / "README.md").read_text()
+    assert report_decoding.of_step(json.loads(files[-1].read_text())) in (ROOT / "README.md").read_text()

@@ -8,7 +8,8 @@ translations, batches are rounded up to powers of two, and the number of positio
 from __future__ import annotations
 
 import weakref
-from typing import Any, cast
+from collections.abc import Iterator
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -25,7 +26,8 @@ class GraphedTransformer:
     """A trained `Transformer` whose decoding steps replay CUDA graphs; `generate` takes it for the model.
 
     It shares the model's weights: their values may change in place, but not their memory. The first step of each shape
-    is captured and takes longer. It only decodes, and one thread at a time uses it.
+    is captured and takes longer. Workspaces and graphs are kept, for the next translation of their shape, for as long
+    as this object. It only decodes, and one thread at a time uses it.
 
     Args:
         model: on a CUDA device, with decoder layers; put into eval mode while it decodes.
@@ -48,9 +50,33 @@ class GraphedTransformer:
         self.model, self.config, self.capture = model, model.config, capture
         self._idle: dict[tuple, list[_Workspace]] = {}
 
-    def __getattr__(self, name: str) -> Any:
-        # encode, project, lengths, parameters, training, eval and train are the model's
-        return getattr(self.model, name)
+    @property
+    def training(self) -> bool:
+        return self.model.training
+
+    def eval(self) -> GraphedTransformer:
+        self.model.eval()
+        return self
+
+    def train(self, mode: bool = True) -> GraphedTransformer:
+        self.model.train(mode)
+        return self
+
+    def parameters(self) -> Iterator[Tensor]:
+        """The model's."""
+        return self.model.parameters()
+
+    def lengths(self, tokens: Tensor) -> Tensor:
+        """As `Transformer.lengths`."""
+        return self.model.lengths(tokens)
+
+    def encode(self, source_tokens: Tensor, source_lengths: Tensor | None = None) -> Tensor:
+        """As `Transformer.encode`."""
+        return self.model.encode(source_tokens, source_lengths)
+
+    def project(self, hidden: Tensor) -> Tensor:
+        """As `Transformer.project`."""
+        return self.model.project(hidden)
 
     @torch.no_grad()
     def start(self, memory: Tensor, memory_lengths: Tensor | None = None, *, beam_size: int = 1) -> GraphedState:
@@ -87,7 +113,7 @@ class GraphedTransformer:
 
     def _compute(self, workspace: _Workspace, size: int) -> Tensor:
         """The step of the first `size` rows, without a number that the host would have to know."""
-        step = workspace.step(size)
+        step = _Step(workspace, size)
         start = workspace.length.expand(size)
         x, residual = self.model._embed_target(workspace.tokens[:size, None], start=start), None
         for index, layer in enumerate(self.model.decoder.layers):
@@ -181,9 +207,6 @@ class _Workspace:
         ancestors = self.own[:, None].repeat(1, wider.shape[4])
         ancestors[:, : self.capacity] = self.ancestors
         self.cache, self.ancestors = wider, ancestors
-
-    def step(self, rows: int) -> _Step:
-        return _Step(self, rows)
 
 
 class _Step:

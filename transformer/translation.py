@@ -57,7 +57,9 @@ def with_weights(model: Transformer, weights: str, *, cuda_graphs: bool = False)
     if weights not in WEIGHTS:
         raise ValueError(f"weights must be one of {', '.join(map(repr, WEIGHTS))}, got {weights!r}")
     device = model.source_embedding.weight.device
-    if cuda_graphs and weights == "float32":
+    if cuda_graphs:
+        if weights != "float32":
+            raise ValueError(f"CUDA graphs run the model's own weights, and weights {weights!r} are for a CPU")
         return GraphedTransformer(model)
     if device.type == "cpu" and model.config.num_decoder_layers:
         return PackedTransformer(model, weights=weights)

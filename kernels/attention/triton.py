@@ -8,8 +8,9 @@
 | attention_dbias_kernel     | a tile of the bias              | triton_bias.py      |
 | attention_weights_kernel   | a tile of the weights           | triton_weights.py   |
 
-triton_tiles.py says what they share, triton_config.py how large their tiles are. Each element is written by one
-program, in an order of sums that neither batch nor length changes: a row has the same bits whatever else is there.
+triton_tiles.py says what they share, triton_config.py how large their tiles are (or triton_autotune.py, if asked to).
+Each element is written by one program, in an order of sums that neither batch nor length changes: a row has the same
+bits whatever else is there.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from torch import Tensor
 from fused_transformer.kernels import _triton
 from fused_transformer.kernels.attention import triton_tiles as tiles
 from fused_transformer.kernels.attention.mask import Mask
+from fused_transformer.kernels.attention.triton_autotune import tiles_for
 from fused_transformer.kernels.attention.triton_backward import attention_dkdv_kernel, attention_dq_kernel
 from fused_transformer.kernels.attention.triton_bias import attention_dbias_kernel
 from fused_transformer.kernels.attention.triton_config import Config, config
@@ -44,12 +46,17 @@ def forward(q, k, v, mask: Mask, scale, dropout_p, seed):
     if mask.packed:
         lse.fill_(-torch.inf)
     q, scale, _ = _with_positive_scale(q, scale)
-    chosen = config("forward with scores" if _reads_scores(mask, q) or dropout_p else "forward", q)
-    heads, blocks = q.shape[1], triton.cdiv(mask.q_length, chosen.m)
+    heads = q.shape[1]
     inputs = _rows(q), _rows(k), _rows(v), _mask(mask), _dropout(dropout_p, seed)
-    sizes = heads, blocks, scale, _blocks(q, k, mask, chosen)
     outputs = _rows(out), lse
-    _launch(attention_forward_kernel, blocks * mask.batch * heads, chosen, q, *inputs, *outputs, *sizes)
+
+    def launch(chosen: Config) -> None:
+        blocks = triton.cdiv(mask.q_length, chosen.m)
+        sizes = heads, blocks, scale, _blocks(q, k, mask, chosen)
+        _launch(attention_forward_kernel, blocks * mask.batch * heads, chosen, q, *inputs, *outputs, *sizes)
+
+    kernel = "forward with scores" if _reads_scores(mask, q) or dropout_p else "forward"
+    launch(tiles_for(kernel, q, mask, dropout_p, launch))
     return out, lse
 
 
@@ -63,16 +70,20 @@ def backward(dout, q, k, v, out, lse, mask: Mask, scale, dropout_p, seed, wants_
     inputs = _rows(q), _rows(k), _rows(v), _mask(mask), _dropout(dropout_p, seed)
     saved = _rows(dout), lse, delta
 
-    chosen = config("dq", q)
-    blocks = triton.cdiv(mask.q_length, chosen.m)
-    sizes = heads, blocks, scale, _blocks(q, k, mask, chosen)
-    _launch(attention_dq_kernel, blocks * mask.batch * heads, chosen, q, *inputs, _rows(out), *saved, _rows(dq), *sizes)
+    def launch_dq(chosen: Config) -> None:
+        blocks = triton.cdiv(mask.q_length, chosen.m)
+        tensors = *inputs, _rows(out), *saved, _rows(dq)
+        sizes = heads, blocks, scale, _blocks(q, k, mask, chosen)
+        _launch(attention_dq_kernel, blocks * mask.batch * heads, chosen, q, *tensors, *sizes)
 
-    chosen = config("dkdv", q)
-    blocks = triton.cdiv(mask.k_length, chosen.n)
-    outputs = _rows(dk), _rows(dv)
-    sizes = heads, blocks, scale, _blocks(q, k, mask, chosen)
-    _launch(attention_dkdv_kernel, blocks * mask.batch * k_heads, chosen, q, *inputs, *saved, *outputs, *sizes)
+    def launch_dkdv(chosen: Config) -> None:
+        blocks = triton.cdiv(mask.k_length, chosen.n)
+        tensors = *inputs, *saved, _rows(dk), _rows(dv)
+        sizes = heads, blocks, scale, _blocks(q, k, mask, chosen)
+        _launch(attention_dkdv_kernel, blocks * mask.batch * k_heads, chosen, q, *tensors, *sizes)
+
+    launch_dq(tiles_for("dq", q, mask, dropout_p, launch_dq))  # the first, as it writes delta
+    launch_dkdv(tiles_for("dkdv", q, mask, dropout_p, launch_dkdv))
 
     dbias = None
     if wants_dbias:

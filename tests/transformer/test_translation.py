@@ -168,6 +168,8 @@ def test_weights_are_packed_on_a_cpu(translator):
         with_weights(copy.deepcopy(translator.model).to("meta"), "int8")
     with pytest.raises(ValueError, match="CUDA graphs are for a CUDA device, and the model is on cpu"):
         with_weights(translator.model, "float32", cuda_graphs=True)
+    with pytest.raises(ValueError, match="CUDA graphs run the model's own weights, and weights 'int8' are for a CPU"):
+        with_weights(translator.model, "int8", cuda_graphs=True)
     with pytest.raises(ValueError, match="weights must be one of 'float32', 'bfloat16', 'int8', got 'int4'"):
         with_weights(translator.model, "int4")
 

@@ -1,9 +1,7 @@
-"""The comparison with CTranslate2 as README's table: written by `python -m bench.report` with the others."""
+"""README's sections about decoding, from the results of bench.ctranslate2, bench.step and bench.trained."""
 
 from __future__ import annotations
 
-MARKS = "<!-- ctranslate2:begin -->", "<!-- ctranslate2:end -->"
-TRAINED_MARKS = "<!-- trained:begin -->", "<!-- trained:end -->"
 # Column heads, and the contestant that each is about.
 COLUMNS = {
     "CTranslate2 float32": "ctranslate2 float32",
@@ -14,7 +12,7 @@ COLUMNS = {
 }
 
 
-def markdown(result: dict) -> str:
+def of_ctranslate2(result: dict) -> str:
     """A row for each batch, beam size and thread count: tokens a second, and how many times CTranslate2's float32."""
     machine = result["machine"]
     model = result["model"]
@@ -67,6 +65,25 @@ def _processes(processes: dict[str, dict]) -> str:
     return f"Loading, and memory at most beyond the libraries' own: {'; '.join(told)}."
 
 
+def of_step(result: dict) -> str:
+    """What README says of `bench.step`: each part as its share of the step."""
+    shares = ("products", "attention", "norms", "rest", "vocabulary", "search")
+    lines = [
+        f"A step on {result['machine']['processor']}, {result['date']}, {result['position']} tokens into sources of "
+        f"{result['source']}; shares of it, and the least time for its products at this machine's own rates "
+        "(`python -m bench.step`).",
+        "",
+        "| step | ms | " + " | ".join(shares) + " | limit |",
+        "|---|--:|" + "--:|" * (len(shares) + 1),
+    ]
+    for row in result["rows"]:
+        threads = f"{row['threads']} thread{'s' * (row['threads'] > 1)}"
+        name = f"{row['weights']}, batch {row['batch']}, {row['beams']} beam{'s' * (row['beams'] > 1)}, {threads}"
+        cells = [f"{row[part] / row['whole']:.0%}" for part in (*shares, "limit")]
+        lines.append(f"| {name} | {row['whole'] / 1e3:.2f} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def of_trained(result: dict) -> str:
     """What README says of `bench.trained`: BLEU of each kind of weights, and how many sentences are the same."""
     rows = [row for row in result["rows"] if row["length_penalty"] == 1.0]
@@ -76,7 +93,11 @@ def of_trained(result: dict) -> str:
     )
     same = next(row["same"] for row in rows if (row["engine"], row["weights"]) == ("fused", "float32"))
     return (
-        f"The small model above after {result['step']} steps, given test_2016_flickr with {result['beam_size']} beams "
-        f"and CTranslate2's rules: ours in float32 finds the very translation of CTranslate2 for {same} of "
+        f"The small model above after {result['step']} steps, given {result['source']} with {result['beam_size']} "
+        f"beams and CTranslate2's rules: ours in float32 finds the very translation of CTranslate2 for {same} of "
         f"{result['sentences']} sentences (`python -m bench.trained`). sacreBLEU by weights: {told}."
     )
+
+
+# By the folder of bench/results, which names README's marks too.
+SECTIONS = {"ctranslate2": of_ctranslate2, "step": of_step, "trained": of_trained}
