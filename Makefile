@@ -20,8 +20,8 @@ test: $(VENV)/.native  ## every test that needs no GPU
 builds: $(VENV)/.native  ## the Triton kernels compiled for sm_80, sm_90 and sm_100, compared with what is on record
 	FUSED_TRANSFORMER_BUILDS=1 $(RUN) -m pytest tests/kernels/test_triton_builds.py
 
-bench: $(VENV)/.native  ## this package beside what one would use instead, on this machine; ends with a table of ratios
-	$(RUN) -m bench
+bench: $(VENV)/.native  ## this package beside what one would use instead, on this machine; ARGS="--quick" and other options
+	$(RUN) -m bench $(ARGS)
 
 browser: $(VENV)/.native  ## what the test of the page of attention heads needs: playwright, and a Chromium if there is none
 	$(RUN) -m pip install $(PIP_QUIET) -c constraints.txt "playwright>=1.50"

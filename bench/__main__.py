@@ -1,35 +1,83 @@
-"""python -m bench [--device cuda] [-k WORD] [--row-seconds S] [any pytest option]: run the benchmarks.
+"""python -m bench: this package beside what one would use instead, on this machine.
 
-A whole run writes bench/results/<processor>_<date>.json; a run with -k or a file named only prints its table.
+A whole run writes bench/results/<processor>_<date>.json; part of one (--quick, --op, --shape, --peers, -k or a file
+named) prints its tables, and writes where --results says.
 """
 
 from __future__ import annotations
 
+import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
+from bench import compare, peers, selection
+
 HERE = Path(__file__).parent
+PYTEST = (
+    *("--rootdir", str(HERE.parent), "-p", "no:cacheprovider", "-p", "no:xdist", "--no-header", "-v"),
+    *("-o", "python_files=bench_*.py", "-o", "python_functions=bench_*"),
+    *("-o", "filterwarnings=ignore::DeprecationWarning"),
+    *("--benchmark-quiet", "--benchmark-disable-gc"),
+)
 
 
-def main(arguments: list[str]) -> int:
-    options = ["--rootdir", str(HERE.parent), "-p", "no:cacheprovider", "-p", "no:xdist", "--no-header", "-v"]
-    options += [
-        "-o",
-        "python_files=bench_*.py",
-        "-o",
-        "python_functions=bench_*",
-        "-o",
-        "filterwarnings=ignore::DeprecationWarning",
-    ]
-    options += ["--benchmark-quiet", "--benchmark-disable-gc"]
-    some = [word for word in arguments if word == "-k" or ".py" in word]
-    if not some:
-        options += ["--results", str(HERE / "results")]
-    if not any(".py" in word for word in arguments):
-        options.append(str(HERE))
-    return int(pytest.main([*options, *arguments]))
+def parser() -> argparse.ArgumentParser:
+    about, rest = (__doc__ or "").split("\n", 1)
+    told = argparse.ArgumentParser(
+        prog="python -m bench",
+        allow_abbrev=False,
+        description=about.partition(": ")[2] + rest,
+        epilog="Any other option is pytest's: -k WORD, -x, --benchmark-disable (check every row and time none), ...",
+    )
+
+    def names(text: str) -> list[str]:
+        return [name.strip() for name in text.split(",") if name.strip()]
+
+    told.add_argument("--quick", action="store_true", help="a shape or two of each group, under 2 minutes on 2 cores")
+    told.add_argument("--op", type=names, metavar="NAME[,NAME]", help="these alone: attention, layer_norm, model, ...")
+    told.add_argument("--shape", metavar="WORD", help="rows with WORD in their name: wmt, llama, bfloat16, ...")
+    told.add_argument("--peers", type=names, metavar="NAME[,NAME]", help="these alternatives alone: sdpa, flex, ...")
+    told.add_argument("--compare", type=Path, nargs=2, metavar=("OLD.json", "NEW.json"),
+                      help="run nothing: what got slower or faster between two results; 1 is returned if slower")  # fmt: skip
+    told.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to run (default: cpu)")
+    told.add_argument("--results", type=Path, metavar="DIR", help="write JSON and pictures here")
+    told.add_argument("--row-seconds", type=float, metavar="S", help="time one row about this long (3; quick: 0.3)")
+    return told
+
+
+def pytest_arguments(arguments: Sequence[str]) -> list[str]:
+    """What pytest is given. Names that there are none of end here, with those that there are."""
+    told = parser()
+    options, rest = told.parse_known_args(arguments)
+    if options.op is not None and (refusal := selection.refusal_of_ops(options.op)):
+        told.error(refusal)
+    if options.peers is not None and (wrong := peers.unknown(options.peers)):
+        known = ", ".join(peer.label for peer in peers.PEERS)
+        told.error(f"--peers: no alternative is named {', '.join(wrong)}; known are {known}")
+    made = [*PYTEST, "--device", options.device]
+    if options.row_seconds is not None:
+        made += ["--row-seconds", str(options.row_seconds)]
+    made += ["--quick"] if options.quick else []
+    made += ["--op", ",".join(options.op)] if options.op is not None else []
+    made += ["--shape", options.shape] if options.shape else []
+    made += ["--peers", ",".join(options.peers)] if options.peers is not None else []
+    part = options.quick or options.op is not None or options.shape or options.peers is not None
+    part = part or any(word.startswith("-k") or ".py" in word for word in rest)
+    if options.results or not part:
+        made += ["--results", str(options.results or HERE / "results")]
+    if not any(".py" in word for word in rest):
+        made.append(str(HERE))
+    return [*made, *rest]
+
+
+def main(arguments: Sequence[str]) -> int:
+    both = parser().parse_known_args(arguments)[0].compare
+    if both:
+        return compare.main(*both)
+    return int(pytest.main(pytest_arguments(arguments)))
 
 
 if __name__ == "__main__":

@@ -40,7 +40,9 @@ def agree(implementations: dict, args: tuple, exact, check, ours: str, refused: 
         except RuntimeError as refusal:
             if label in (ours, "naive"):
                 raise
-            refused[label] = str(refusal).strip().splitlines()[0][:200]
+            lines = str(refusal).strip().splitlines() or [type(refusal).__name__]
+            # The last line of ours is the reason of the backend that was forced.
+            refused[label] = lines[-1 if label.startswith(f"{ours} ") else 0].strip()[:200]
             del implementations[label]
     if check is not None:
         check(results)

@@ -16,32 +16,56 @@ each once. A result is a tensor, a tuple or a dict of tensors. `forward_backward
 the forward and backward pass of a function as such an implementation; args that need gradients require them.
 Baselines may refuse (RuntimeError): the row says why. A row's group is its function's name, its name the pytest id.
 
-At the end: a table of ratios; with --results DIR also DIR/<processor>_<date>.json for bench/report.py.
+Every label but ours is in bench/peers.py. At the end: a table of ratios; with --results DIR also DIR/<processor>_<date>.json for bench/report.py.
 Where the work has no float64 twin, pass exact=callable(*args), or check=callable(results) to judge all yourself.
 """
 
 from __future__ import annotations
 
 import gc
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
 
-from bench import machine, report
+from bench import backends, machine, peers, report, selection
 from bench.agreement import agree
 from bench.timing import Interleaved, Stamp, copy_gigabytes_per_second, matmul_gigaflops_per_second, quantiles
 
 ROWS = pytest.StashKey[list]()
 RESULTS = pytest.StashKey[Path]()
-STRAY_ROUNDS = 2  # rounds before the first that counts: they also say how long a round takes
+JUDGES = ("naive", "torch.nn", "unpacked")  # what others are compared with: they run, though they may not be timed
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How long a row is timed."""
+
+    row_seconds: float
+    stray_rounds: int  # before the first that counts: they also say how long a round takes
+    least_rounds: int
 
 
 def pytest_addoption(parser):
     group = parser.getgroup("bench")
     group.addoption("--device", default="cpu", choices=("cpu", "cuda"), help="where to run (default: cpu)")
     group.addoption("--results", type=Path, help="write the results as JSON into this folder")
-    group.addoption("--row-seconds", type=float, default=3.0, help="time one row about this long (default: 3)")
+    group.addoption("--row-seconds", type=float, help="time one row about this long (default: 3; --quick: 0.3)")
+    group.addoption("--quick", action="store_true", help="the first shape of each group")
+    group.addoption("--op", type=names, help="files or benchmarks in them, by commas")
+    group.addoption("--shape", help="rows with this in their name")
+    group.addoption("--peers", type=names, help="alternatives that are timed, by commas")
+
+
+def names(text: str) -> list[str]:
+    return [name for name in text.split(",") if name]
+
+
+def pace(config) -> Pace:
+    quick = config.getoption("--quick")
+    seconds = config.getoption("--row-seconds")
+    return Pace(seconds if seconds is not None else (0.3 if quick else 3.0), 1 if quick else 2, 3 if quick else 5)
 
 
 def pytest_configure(config):
@@ -51,7 +75,19 @@ def pytest_configure(config):
         raise pytest.UsageError("--device cuda: torch sees no CUDA device")
 
 
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
+    kept = list(items)
+    if config.getoption("--op") is not None:
+        kept = selection.named(kept, config.getoption("--op"))
+    if word := config.getoption("--shape"):
+        kept, among = selection.shaped(kept, word), kept
+        if not kept:
+            known = "; ".join(dict.fromkeys(map(selection.row_name, among)))
+            raise pytest.UsageError(f"--shape: no row has {word!r} in its name; there are {known}")
+    if config.getoption("--quick"):
+        kept = selection.first_of_each(kept)
+    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+    items[:] = kept
     for item in items:
         item.add_marker(pytest.mark.benchmark(timer=Stamp))
 
@@ -62,10 +98,14 @@ def device(request) -> str:
 
 
 @pytest.fixture
-def compare(benchmark, request):
+def compare(benchmark, request, device):
     torch.manual_seed(0)
     group = request.function.__name__.removeprefix("bench_").replace("_", " ")
-    name = request.node.callspec.id if hasattr(request.node, "callspec") else group
+    name = selection.row_name(request.node)
+    asked, quick = request.config.getoption("--peers"), request.config.getoption("--quick")
+
+    def timed(label: str, ours: str) -> bool:
+        return label == ours or label.startswith(f"{ours} ") or peers.wanted(label, asked, quick)
 
     def run(
         implementations,
@@ -80,15 +120,20 @@ def compare(benchmark, request):
         ours="fused",
     ):
         row = {"group": group, "name": name, "ours": ours, "refused": {}, "dtype": _dtype(args)}
-        implementations = dict(implementations)
-        backends = agree(implementations, args, exact, check, ours, row["refused"])
-        row["backends"] = sorted(backends)
+        implementations = {label: one for label, one in implementations.items() if label in JUDGES or timed(label, ours)}
+        seen = agree(implementations, args, exact, check, ours, row["refused"])
+        row["backends"] = sorted(seen)
+        if forced := backends.others(implementations[ours], seen, ours, device):
+            judged = {label: one for label, one in implementations.items() if label in (*JUDGES, ours)} | forced
+            agree(judged, args, exact, check, ours, row["refused"])
+            implementations |= {label: judged[label] for label in forced if label in judged}
+        implementations = {label: one for label, one in implementations.items() if timed(label, ours)}
         if benchmark.disabled:  # --benchmark-disable: every row is checked, nothing is timed and nothing recorded
             benchmark.pedantic(lambda: None)
             return
         own = implementations.pop(ours)
         others = Interleaved(implementations, args)
-        rounds = _rounds(own, others, request.config.getoption("--row-seconds"))
+        rounds = _rounds(own, others, pace(request.config))
         gc.collect()
 
         def call_and_drop():
@@ -107,12 +152,12 @@ def compare(benchmark, request):
     return run
 
 
-def _rounds(own, others: Interleaved, row_seconds: float) -> int:
+def _rounds(own, others: Interleaved, pace: Pace) -> int:
     stray = Interleaved({"own": own, **others.implementations}, others.args)
-    for _ in range(STRAY_ROUNDS):
+    for _ in range(pace.stray_rounds):
         stray.round()
     one_round = sum(times[-1] for times in stray.times.values())
-    return max(5, min(200, int(row_seconds / one_round)))
+    return max(pace.least_rounds, min(200, int(pace.row_seconds / one_round)))
 
 
 def _rates(median_us: float, bytes_moved, flops, tokens, dtype: str) -> dict:
@@ -157,6 +202,9 @@ def pytest_terminal_summary(terminalreporter, config):
         return
     terminalreporter.section("times and ratios")
     for line in report.text_table(machine.facts(), rooflines(rows), rows):
+        terminalreporter.write_line(line)
+    terminalreporter.write_line("")
+    for line in peers.absent(config.getoption("--device"), config.getoption("--peers")):
         terminalreporter.write_line(line)
     if RESULTS in config.stash:
         terminalreporter.write_line(f"\nwritten to {config.stash[RESULTS]}")

@@ -48,9 +48,21 @@ def slug(name: str) -> str:
 
 
 def others(row: dict) -> dict[str, float]:
-    """Median of each other implementation divided by ours: above 1, ours is quicker."""
+    """Median of each alternative divided by ours: above 1, ours is quicker."""
     own = row["times"][row["ours"]]["median_us"]
-    return {name: times["median_us"] / own for name, times in row["times"].items() if name != row["ours"]}
+    return {name: times["median_us"] / own for name, times in row["times"].items() if not is_ours(name, row)}
+
+
+def is_ours(label: str, row: dict) -> bool:
+    """Whether a label is ours: as it chooses itself, or "fused triton" and the like, on a backend that was forced."""
+    return label == row["ours"] or label.startswith(f"{row['ours']} ")
+
+
+def forced(row: dict) -> dict[str, float]:
+    """Median of ours on a backend, or by a kernel, that it did not choose itself, divided by ours."""
+    own = row["times"][row["ours"]]["median_us"]
+    labels = [label for label in row["times"] if is_ours(label, row) and label != row["ours"]]
+    return {label: row["times"][label]["median_us"] / own for label in labels}
 
 
 def fastest_other(row: dict) -> tuple[str, float] | None:
@@ -104,11 +116,11 @@ def text_table(machine: dict, rooflines: dict, rows: list[dict]) -> list[str]:
         "× is an other implementation's time over ours: above 1, ours is quicker",
     ]
     for group, members in grouped(rows):
-        labels = list(dict.fromkeys(label for row in members for label in others(row)))
+        labels = list(dict.fromkeys(label for of in (forced, others) for row in members for label in of(row)))
         width = max(len(row["name"]) for row in members)
         lines += ["", f"{group:<{width}}  {'ours':>10}" + "".join(f"  {label:>12}" for label in labels)]
         for row in members:
-            ratios = others(row)
+            ratios = forced(row) | others(row)
             cells = [f"{ratios[label]:.2f}×" if label in ratios else "-" for label in labels]
             own = duration(row["times"][row["ours"]]["median_us"])
             lines.append(
