@@ -40,8 +40,8 @@ def parser() -> argparse.ArgumentParser:
     told.add_argument("--op", type=names, metavar="NAME[,NAME]", help="these alone: attention, layer_norm, model, ...")
     told.add_argument("--shape", metavar="WORD", help="rows with WORD in their name: wmt, llama, bfloat16, ...")
     told.add_argument("--peers", type=names, metavar="NAME[,NAME]", help="these alternatives alone: sdpa, flex, ...")
-    told.add_argument("--compare", type=Path, nargs=2, metavar=("OLD.json", "NEW.json"),
-                      help="run nothing: what got slower or faster between two results; 1 is returned if slower")  # fmt: skip
+    both = "run nothing: what got slower or faster between two results; exit status 1 if a row got slower"
+    told.add_argument("--compare", type=Path, nargs=2, metavar=("OLD.json", "NEW.json"), help=both)
     told.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to run (default: cpu)")
     told.add_argument("--results", type=Path, metavar="DIR", help="write JSON and pictures here")
     told.add_argument("--row-seconds", type=float, metavar="S", help="time one row about this long (3; quick: 0.3)")

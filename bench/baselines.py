@@ -11,12 +11,26 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from bench.peers import guarded
 from bench.timing import Within
 
+# WMT 2014 English-German: 116 million English words in 4.5 million pairs, 26 to a sentence, or about 30 subwords. The
+# logarithm of a sentence's length is close to normal: this mean of it, and this deviation, give 30 on average.
+WMT_LOG_MEAN, WMT_LOG_DEVIATION = math.log(30) - 0.6**2 / 2, 0.6
 
-def sentence_lengths(batch: int, longest: int, device: str = "cpu") -> Tensor:
-    """(B,) int64 from 1 to `longest`, the longest among them, 60 % on average: a batch of sentences, padded."""
-    lengths = torch.linspace(0.2, 1.0, max(batch, 1)) * longest
+
+def sentence_lengths(batch: int, longest: int, device: str = "cpu", mix: str = "even") -> Tensor:
+    """(B,) int64 from 1 to `longest`: a batch of sentences, padded, in random order.
+
+    "even": from a fifth of the longest to the longest in equal steps, 60 % on average. "wmt": as sentences of WMT are,
+    unsorted: the quantiles of that distribution, the last one taken as the longest.
+    """
+    if mix == "wmt":
+        places = (torch.arange(batch) + 0.5) / batch
+        lengths = torch.exp(WMT_LOG_MEAN + WMT_LOG_DEVIATION * torch.special.ndtri(places.double()))
+        lengths[-1] = longest
+    else:
+        lengths = torch.linspace(0.2, 1.0, max(batch, 1)) * longest
     return lengths.round().long().clamp(1, longest)[torch.randperm(batch)].to(device)
 
 
@@ -40,6 +54,25 @@ def sdpa(backend: SDPBackend, wrap: Callable = lambda function: function, **opti
     """F.scaled_dot_product_attention on one named backend; `wrap` may be forward_backward."""
     function = partial(F.scaled_dot_product_attention, **options)
     return Within(partial(sdpa_kernel, backend), wrap(function))
+
+
+def flex(wrap: Callable = lambda function: function, *, mask: tuple | None = None, score_mod=None) -> Callable:
+    """FlexAttention, compiled at the first call. `mask` is create_block_mask's first five arguments: the mask is built
+    ahead of the clock, as SDPA's is.
+    """
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    made: dict = {}
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if not made:
+            torch.compiler.reset()  # of one function eight compilations are kept: beyond them it would run uncompiled
+            made["run"] = torch.compile(flex_attention, dynamic=False)
+            made["blocks"] = create_block_mask(*mask, device=q.device) if mask else None
+        options = {"score_mod": score_mod, "enable_gqa": q.shape[1] != k.shape[1]}
+        return made["run"](q, k, v, block_mask=made["blocks"], **options)
+
+    return guarded(wrap(attend))
 
 
 def sdpa_backends(device: str) -> dict[str, SDPBackend]:

@@ -14,7 +14,7 @@ import torch
 
 from bench import shapes
 from bench.agreement import forward_backward
-from bench.baselines import compiled, keep_of_lengths, naive_attention, sdpa, sdpa_backends, sentence_lengths
+from bench.baselines import compiled, flex, keep_of_lengths, naive_attention, sdpa, sdpa_backends, sentence_lengths
 from bench.timing import Within
 from fused_transformer.kernels import attention
 
@@ -40,14 +40,15 @@ def race(
     fused: dict,
     naive: dict,
     torch_s: dict,
+    flexs: dict,
     grad: bool = False,
     compile: bool = False,
     also: dict[str, Callable] | None = None,
 ) -> None:
-    """One row; `fused`, `naive` and `torch_s` are the mask in the words of each. `seen`: pairs, summed over batches.
+    """One row; `fused`, `naive`, `torch_s` and `flexs` are the mask in the words of each. `seen`: pairs of all batches.
     `also`: contexts, by label, in which ours is timed too."""
     wrap = forward_backward if grad else lambda function: function
-    implementations = {"naive": wrap(partial(naive_attention, **naive))}
+    implementations = {"naive": wrap(partial(naive_attention, **naive)), "flex": flex(wrap, **flexs)}
     if compile:
         implementations["compile"] = wrap(compiled(partial(naive_attention, **naive)))
     if shape.heads_k:
@@ -63,9 +64,13 @@ def race(
 
 def with_lengths(compare, shape, device, **more) -> None:
     """Sentences of different lengths, 60 % of the longest on average: padding as a length, or as a keep mask."""
-    lengths = sentence_lengths(shape.batch, shape.keys, device)
+    lengths = sentence_lengths(shape.batch, shape.keys, device, shape.mix)
     keep = keep_of_lengths(lengths, shape.keys)
     seen = shape.length * int(lengths.sum())
+
+    def real(b, _h, _i, j):
+        return j < lengths[b]
+
     race(
         compare,
         shape,
@@ -74,6 +79,7 @@ def with_lengths(compare, shape, device, **more) -> None:
         fused={"k_lengths": lengths},
         naive={"keep": keep},
         torch_s={"attn_mask": keep},
+        flexs={"mask": (real, shape.batch, None, shape.length, shape.keys)},
         **more,
     )
 
@@ -82,18 +88,21 @@ def causal(compare, shape, device, **more) -> None:
     seen = shape.batch * shape.length * (shape.length + 1) // 2
     keep = torch.ones(shape.length, shape.keys, dtype=torch.bool, device=device).tril()
     masks = {"fused": {"causal": "top_left"}, "naive": {"keep": keep}, "torch_s": {"is_causal": True}}
-    race(compare, shape, device, seen=seen, **masks, **more)
+    flexs = {"mask": (lambda _b, _h, i, j: j <= i, None, None, shape.length, shape.keys)}
+    race(compare, shape, device, seen=seen, **masks, flexs=flexs, **more)
 
 
 def unmasked(compare, shape, device, **more) -> None:
     seen = shape.batch * shape.length * shape.keys
-    race(compare, shape, device, seen=seen, fused={}, naive={}, torch_s={}, **more)
+    race(compare, shape, device, seen=seen, fused={}, naive={}, torch_s={}, flexs={}, **more)
 
 
 # ---------------------------------------------------------------- forward
 
 
-@pytest.mark.parametrize("shape", [*MASKED, shapes.BASE_CROSS, shapes.BASE_STEP, shapes.BASE_128_BF16], ids=str)
+@pytest.mark.parametrize(
+    "shape", [*MASKED, shapes.WMT, shapes.BASE_CROSS, shapes.BASE_STEP, shapes.BASE_128_BF16], ids=str
+)
 def bench_attention_with_lengths(compare, shape, device):
     with_lengths(compare, shape, device, compile=shape is shapes.BASE_128)
 
@@ -113,7 +122,13 @@ def bench_attention_keep_mask(compare, shape, device):
     """The same keep mask for all three: what a model gets that has masks already and no lengths."""
     keep = keep_of_lengths(sentence_lengths(shape.batch, shape.keys, device), shape.keys)
     seen = shape.length * int(keep.sum())
-    race(compare, shape, device, seen=seen, fused={"keep": keep}, naive={"keep": keep}, torch_s={"attn_mask": keep})
+    masks = {"fused": {"keep": keep}, "naive": {"keep": keep}, "torch_s": {"attn_mask": keep}}
+
+    def kept(b, _h, _i, j):
+        return keep[b, 0, 0, j]
+
+    flexs = {"mask": (kept, shape.batch, None, shape.length, shape.keys)}
+    race(compare, shape, device, seen=seen, **masks, flexs=flexs)
 
 
 @pytest.mark.parametrize("shape", [shapes.T5], ids=str)
@@ -121,7 +136,12 @@ def bench_attention_bias(compare, shape, device):
     """A bias for each head and pair, as T5's relative positions."""
     bias = torch.randn(1, shape.heads, shape.length, shape.keys, device=device)
     seen = shape.batch * shape.length * shape.keys
-    race(compare, shape, device, seen=seen, fused={"bias": bias}, naive={"bias": bias}, torch_s={"attn_mask": bias})
+    masks = {"fused": {"bias": bias}, "naive": {"bias": bias}, "torch_s": {"attn_mask": bias}}
+
+    def biased(score, _b, h, i, j):
+        return score + bias[0, h, i, j]
+
+    race(compare, shape, device, seen=seen, **masks, flexs={"score_mod": biased})
 
 
 @pytest.mark.parametrize("mask", [unmasked, causal], ids=["unmasked", "causal"])
@@ -143,7 +163,7 @@ def bench_attention_on_hopper(compare, shape, device, mask):
 # ---------------------------------------------------------------- forward and backward
 
 
-@pytest.mark.parametrize("shape", [*MASKED, shapes.BASE_CROSS], ids=str)
+@pytest.mark.parametrize("shape", [*MASKED, shapes.WMT, shapes.BASE_CROSS], ids=str)
 def bench_attention_with_lengths_forward_backward(compare, shape, device):
     with_lengths(compare, shape, device, grad=True, compile=shape is shapes.BASE_128)
 

@@ -21,7 +21,7 @@ from bench.baselines import sentence_lengths
 from fused_transformer import Decoder, DecoderLayer, Encoder, EncoderLayer
 from tests.oracle import assert_matches
 
-LAYERS = [shapes.LAYER_BASE_64, shapes.LAYER_BASE_128]
+LAYERS = [shapes.LAYER_BASE_64, shapes.LAYER_BASE_128, shapes.LAYER_WMT]
 DEPTH = 2
 DROPOUT = 0.1
 
@@ -31,7 +31,7 @@ class Batch:
 
     def __init__(self, shape: shapes.Layer, device: str):
         self.shape = shape
-        self.lengths = sentence_lengths(shape.batch, shape.length, device)
+        self.lengths = sentence_lengths(shape.batch, shape.length, device, shape.mix)
         self.x = torch.randn(shape.batch, shape.length, shape.width, device=device)
         self.memory = torch.randn_like(self.x)
         self.padding = torch.arange(shape.length, device=device) >= self.lengths[:, None]

@@ -23,7 +23,7 @@ SAME_CODE = ("torch", "python", "cuda")
 
 @dataclass(frozen=True)
 class Change:
-    """One row in two results. Times are medians in microseconds; drift is what the alternatives' times were multiplied by."""
+    """One row in two results: medians in microseconds, and what the alternatives' times were multiplied by."""
 
     group: str
     name: str
@@ -48,7 +48,10 @@ def changes(old: dict, new: dict) -> list[Change]:
 def missing(old: dict, new: dict) -> tuple[list[str], list[str]]:
     """Rows that the new result lacks, and rows that it alone has."""
     before, after = _rows(old), _rows(new)
-    return ([" ".join(key) for key in before if key not in after], [" ".join(key) for key in after if key not in before])
+    return (
+        [" ".join(key) for key in before if key not in after],
+        [" ".join(key) for key in after if key not in before],
+    )
 
 
 def _rows(results: dict) -> dict[tuple[str, str], dict]:

@@ -16,7 +16,9 @@ each once. A result is a tensor, a tuple or a dict of tensors. `forward_backward
 the forward and backward pass of a function as such an implementation; args that need gradients require them.
 Baselines may refuse (RuntimeError): the row says why. A row's group is its function's name, its name the pytest id.
 
-Every label but ours is in bench/peers.py. At the end: a table of ratios; with --results DIR also DIR/<processor>_<date>.json for bench/report.py.
+Every label but ours is in bench/peers.py; which rows and labels run is chosen on the command line (bench/__main__.py).
+
+At the end: a table of ratios; with --results DIR also DIR/<processor>_<date>.json for bench/report.py.
 Where the work has no float64 twin, pass exact=callable(*args), or check=callable(results) to judge all yourself.
 """
 
@@ -120,7 +122,9 @@ def compare(benchmark, request, device):
         ours="fused",
     ):
         row = {"group": group, "name": name, "ours": ours, "refused": {}, "dtype": _dtype(args)}
-        implementations = {label: one for label, one in implementations.items() if label in JUDGES or timed(label, ours)}
+        implementations = {
+            label: one for label, one in implementations.items() if label in JUDGES or timed(label, ours)
+        }
         seen = agree(implementations, args, exact, check, ours, row["refused"])
         row["backends"] = sorted(seen)
         if forced := backends.others(implementations[ours], seen, ours, device):

@@ -43,7 +43,7 @@ BY_LABEL = {peer.label: peer for peer in PEERS}
 
 
 def asked_by(word: str, label: str) -> bool:
-    """"sdpa" asks for every "sdpa ..."; a whole label for itself."""
+    """ "sdpa" asks for every "sdpa ..."; a whole label for itself."""
     return label.lower() == word.lower() or label.lower().startswith(word.lower() + " ")
 
 
@@ -52,7 +52,7 @@ def unknown(words: Iterable[str]) -> list[str]:
 
 
 def wanted(label: str, words: Sequence[str] | None, quick: bool) -> bool:
-    """Whether an alternative is timed: one of those asked for; unasked all, or with --quick those that need no compiler.
+    """Whether an alternative is timed: one of those asked for; unasked all, with --quick those that need no compiler.
 
     A label that PEERS lacks is a mistake in a benchmark: --peers could not ask for it.
     """

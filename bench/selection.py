@@ -1,4 +1,4 @@
-"""Which rows a run has: --op, --shape and --quick. Names that no benchmark has are refused with those that there are."""
+"""Which rows a run has: --op, --shape, --quick. Names that no benchmark has are refused with those that there are."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Hashable, Iterable, Sequence
 from pathlib import Path
 
 HERE = Path(__file__).parent
+SMALL = "transformer-small"
 
 
 def groups(folder: Path = HERE) -> dict[str, list[str]]:
@@ -47,16 +48,16 @@ def shaped(items: Sequence, word: str) -> list:
 
 
 def first_of_each(items: Sequence) -> list:
-    """The first shape of every benchmark, once for each of its other parameters (a mask, forward or training)."""
-    seen: set[Hashable] = set()
-    chosen = []
+    """One shape of every benchmark, for each of its other parameters (a mask, forward or training): the small model's
+    where it has that, else the first.
+    """
+    chosen: dict[Hashable, object] = {}
     for item in items:
         others = {name: str(value) for name, value in parameters(item).items() if name != "shape"}
         key = (item.path, benchmark_of(item), tuple(sorted(others.items())))
-        if key not in seen:
-            seen.add(key)
-            chosen.append(item)
-    return chosen
+        if key not in chosen or (SMALL in row_name(item) and SMALL not in row_name(chosen[key])):
+            chosen[key] = item
+    return list(chosen.values())
 
 
 def benchmark_of(item) -> str:

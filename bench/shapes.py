@@ -22,6 +22,7 @@ class Attention:
     width: int = 64
     heads_k: int | None = None
     dtype: torch.dtype = torch.float32
+    mix: str = "even"  # how the lengths of a batch's sentences are spread (bench/baselines.py)
 
     def __str__(self) -> str:
         heads = f"H{self.heads}" + (f"/{self.heads_k}" if self.heads_k else "")
@@ -70,6 +71,7 @@ class Layer:
     width: int = 512
     heads: int = 8
     feedforward: int = 2048
+    mix: str = "even"
 
     def __str__(self) -> str:
         return f"{self.model} B{self.batch} L{self.length} E{self.width} H{self.heads}"
@@ -99,6 +101,7 @@ BASE_512 = Attention("transformer-base", 8, 8, 512, 512)
 BASE_128_BF16 = Attention("transformer-base", 32, 8, 128, 128, dtype=torch.bfloat16)
 BASE_CROSS = Attention("transformer-base", 32, 8, 64, 128)
 BASE_STEP = Attention("transformer-base", 64, 8, 1, 128)  # one decoding step over the encoder's memory
+WMT = Attention("transformer-base wmt", 64, 8, 107, 107, mix="wmt")  # the paper's task: most of a batch is padding
 BERT = Attention("bert-base", 32, 12, 128, 128)
 VIT = Attention("vit-base-16", 16, 12, 197, 197)
 GPT2 = Attention("gpt2", 2, 12, 1024, 1024)
@@ -124,6 +127,7 @@ ROWS_STEP = Rows("transformer-base step", 64, 512)  # one decoding step
 
 LAYER_BASE_64 = Layer("transformer-base", 32, 64)
 LAYER_BASE_128 = Layer("transformer-base", 16, 128)
+LAYER_WMT = Layer("transformer-base wmt", 32, 107, mix="wmt")
 
 # small: what a 2-core machine trains on Multi30k; base: the paper's, with a vocabulary of 8,000
 MODEL_SMALL = Model("transformer-small", 64, 32, 256, 4, 1024, 3, 8000)
