@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import pytest
@@ -31,7 +32,9 @@ class Keeper:
 def collected(*options: str) -> tuple[int, list[tuple[str, str, str]]]:
     """The exit status, and file, benchmark and name of the rows that would run; nothing runs."""
     keeper = Keeper()
-    code = pytest.main(command.pytest_arguments(["--collect-only", "-qq", *options]), plugins=[keeper])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # pytest-benchmark's, under xdist, that it will not time: nor shall it
+        code = pytest.main(command.pytest_arguments(["--collect-only", "-qq", *options]), plugins=[keeper])
     return int(code), keeper.rows
 
 
