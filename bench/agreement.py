@@ -36,7 +36,7 @@ def agree(implementations: dict, args: tuple, exact, check, ours: str, refused: 
     for label, implementation in list(implementations.items()):
         try:
             with context_of(implementation), _backends_seen(backends if label == ours else set()):
-                results[label] = _detached(implementation(*args))
+                results[label] = detached(implementation(*args))
         except RuntimeError as refusal:
             if label in (ours, "naive"):
                 raise
@@ -47,7 +47,7 @@ def agree(implementations: dict, args: tuple, exact, check, ours: str, refused: 
     if check is not None:
         check(results)
         return backends
-    truth = _detached(exact(*args) if exact else implementations["naive"](*map(_double, args)))
+    truth = detached(exact(*args) if exact else implementations["naive"](*map(_double, args)))
     naive = results["naive"]
     for label, got in results.items():
         try:
@@ -78,7 +78,7 @@ class _backends_seen:
         Op.pick = self.pick
 
 
-def _detached(results):
+def detached(results):
     if isinstance(results, torch.Tensor):
         return results.detach()
     if isinstance(results, dict):

@@ -1,7 +1,9 @@
 """Masked attention against naive torch and every backend of scaled_dot_product_attention, at models' own shapes.
 
 Operations are counted for the pairs that a query may see: 4 · D each going forward (two products), 14 · D with the
-backward pass (seven). Padded and masked pairs are no work, whoever computes them.
+backward pass (seven). Padded and masked pairs are no work, whoever computes them. Bytes: q, k and v read and the output
+written, once each, of keys those alone that a query may see (a bias is left out); with the backward pass three times as
+much.
 """
 
 from __future__ import annotations
@@ -37,6 +39,7 @@ def race(
     device: str,
     *,
     seen: int,
+    keys: int | None = None,
     fused: dict,
     naive: dict,
     torch_s: dict,
@@ -45,8 +48,9 @@ def race(
     compile: bool = False,
     also: dict[str, Callable] | None = None,
 ) -> None:
-    """One row; `fused`, `naive`, `torch_s` and `flexs` are the mask in the words of each. `seen`: pairs of all batches.
-    `also`: contexts, by label, in which ours is timed too."""
+    """One row; `fused`, `naive`, `torch_s` and `flexs` are the mask in the words of each. `seen` and `keys`: pairs, and
+    keys that any query sees (default: all), summed over batches. `also`: contexts, by label, that ours is timed in too.
+    """
     wrap = forward_backward if grad else lambda function: function
     implementations = {"naive": wrap(partial(naive_attention, **naive)), "flex": flex(wrap, **flexs)}
     if compile:
@@ -59,7 +63,10 @@ def race(
         implementations[label] = Within(context, wrap(partial(attention, **fused)))
     implementations["fused"] = wrap(partial(attention, **fused))
     flops = (14 if grad else 4) * shape.heads * shape.width * seen
-    compare(implementations, tensors(shape, device, grad), flops=flops)
+    keys = shape.batch * shape.keys if keys is None else keys
+    rows = 2 * shape.batch * shape.length * shape.heads + 2 * keys * (shape.heads_k or shape.heads)
+    bytes_moved = (3 if grad else 1) * rows * shape.width * shape.dtype.itemsize
+    compare(implementations, tensors(shape, device, grad), bytes_moved=bytes_moved, flops=flops)
 
 
 def with_lengths(compare, shape, device, **more) -> None:
@@ -76,6 +83,7 @@ def with_lengths(compare, shape, device, **more) -> None:
         shape,
         device,
         seen=seen,
+        keys=int(lengths.sum()),
         fused={"k_lengths": lengths},
         naive={"keep": keep},
         torch_s={"attn_mask": keep},
@@ -121,14 +129,14 @@ def bench_attention_unmasked(compare, shape, device):
 def bench_attention_keep_mask(compare, shape, device):
     """The same keep mask for all three: what a model gets that has masks already and no lengths."""
     keep = keep_of_lengths(sentence_lengths(shape.batch, shape.keys, device), shape.keys)
-    seen = shape.length * int(keep.sum())
+    keys = int(keep.sum())
     masks = {"fused": {"keep": keep}, "naive": {"keep": keep}, "torch_s": {"attn_mask": keep}}
 
     def kept(b, _h, _i, j):
         return keep[b, 0, 0, j]
 
     flexs = {"mask": (kept, shape.batch, None, shape.length, shape.keys)}
-    race(compare, shape, device, seen=seen, **masks, flexs=flexs)
+    race(compare, shape, device, seen=shape.length * keys, keys=keys, **masks, flexs=flexs)
 
 
 @pytest.mark.parametrize("shape", [shapes.T5], ids=str)

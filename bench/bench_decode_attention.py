@@ -1,6 +1,7 @@
 """Attention of a decoding step over cached keys, against naive torch, F.scaled_dot_product_attention and `attention`.
 
-Bytes: the keys and values that are seen, read once; all else of a step is small beside them.
+Bytes: the keys and values that are seen, read once; all else of a step is small beside them. Operations: 4 · D for each
+of them and each query that sees it.
 """
 
 from __future__ import annotations
@@ -37,6 +38,10 @@ def cache_bytes(shape: shapes.Attention, positions: int) -> int:
     return 2 * positions * (shape.heads_k or shape.heads) * shape.width * shape.dtype.itemsize
 
 
+def operations(shape: shapes.Attention, positions: int) -> int:
+    return 4 * shape.heads * shape.length * shape.width * positions
+
+
 def race(compare, shape: shapes.Attention, device: str, causal: bool) -> None:
     lengths = sentence_lengths(shape.batch, shape.keys, device)
     keep = keep_of_lengths(lengths, shape.keys)
@@ -46,7 +51,9 @@ def race(compare, shape: shapes.Attention, device: str, causal: bool) -> None:
         implementations[label] = sdpa(backend, attn_mask=keep, **options)
     implementations["attention"] = partial(attention, k_lengths=lengths)
     implementations["fused"] = partial(decode_attention, lengths=lengths, causal=causal)
-    compare(implementations, tensors(shape, device), bytes_moved=cache_bytes(shape, int(lengths.sum())))
+    seen = int(lengths.sum())
+    work = {"bytes_moved": cache_bytes(shape, seen), "flops": operations(shape, seen)}
+    compare(implementations, tensors(shape, device), **work)
 
 
 @pytest.mark.parametrize("shape", [TRANSFORMER, GPT2, LLAMA_1B, LLAMA_8B_BF16, ALONE], ids=str)
@@ -79,4 +86,5 @@ def bench_decode_attention_beams(compare, shape, device):
         "attention": moved(attention),
         "fused": lambda q, k, v: decode_attention(q, k, v, rows=rows.index_select(0, parents)),
     }
-    compare(implementations, (q, k, v), bytes_moved=cache_bytes(shape, shape.batch * shape.keys))
+    seen = shape.batch * shape.keys
+    compare(implementations, (q, k, v), bytes_moved=cache_bytes(shape, seen), flops=operations(shape, seen))

@@ -1,7 +1,8 @@
 """Embedding, scale and positions against the chain that is written without a fused op, and torch.compile of it.
 
 Bytes: a row of the table read and a row of the output written for each token (the positions stay in cache); with the
-gradient also the upstream gradient read and the table's gradient written, once each.
+gradient also the upstream gradient read and the table's gradient written, once each. Operations: a product and a sum
+for each number of the output; with the gradient two more.
 """
 
 from __future__ import annotations
@@ -33,8 +34,12 @@ def make(shape: shapes.Embedding, device: str, grad: bool = False):
     return (tokens, table), sinusoidal_positions(shape.length, shape.width, dtype=torch.float64, device=device)
 
 
+def numbers(shape: shapes.Embedding) -> int:
+    return shape.batch * shape.length * shape.width
+
+
 def row_bytes(shape: shapes.Embedding) -> int:
-    return shape.batch * shape.length * shape.width * shape.dtype.itemsize
+    return numbers(shape) * shape.dtype.itemsize
 
 
 @pytest.mark.parametrize(
@@ -49,7 +54,7 @@ def bench_embedding(compare, shape, device):
     if shape is shapes.EMBEDDING_BASE:
         implementations["compile"] = compiled(implementations["naive"])
     exact = partial(lambda tokens, table: chain(tokens, table.double(), positions=exact_positions))
-    compare(implementations, args, bytes_moved=2 * row_bytes(shape), exact=exact)
+    compare(implementations, args, bytes_moved=2 * row_bytes(shape), flops=2 * numbers(shape), exact=exact)
 
 
 @pytest.mark.parametrize("shape", [shapes.EMBEDDING_BASE], ids=str)
@@ -78,4 +83,5 @@ def bench_embedding_forward_backward(compare, shape, device):
     table_bytes = shape.vocabulary * shape.width * shape.dtype.itemsize
     exact_chain = forward_backward(partial(chain, positions=exact_positions))
     exact = partial(lambda tokens, table: exact_chain(tokens, table.detach().double().requires_grad_()))
-    compare(implementations, args, bytes_moved=3 * row_bytes(shape) + table_bytes, exact=exact)
+    work = {"bytes_moved": 3 * row_bytes(shape) + table_bytes, "flops": 4 * numbers(shape)}
+    compare(implementations, args, exact=exact, **work)

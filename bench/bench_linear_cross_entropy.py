@@ -1,8 +1,8 @@
 """Projection and loss of a language model, forward and backward: in chunks, against all the logits at once.
 
 The baselines are F.cross_entropy of F.linear, our own cross_entropy of it, and torch.compile of the first. Operations:
-the three products. What each holds at most beyond its inputs is recorded; at Transformer-base's size ours must be at
-most a fifth of the naive one's.
+the three products. Bytes: hidden states and weights read, and their gradients written, once each. What each holds at
+most beyond its inputs is recorded; at Transformer-base's size ours must be at most a fifth of the naive one's.
 """
 
 from __future__ import annotations
@@ -39,6 +39,10 @@ class Tokens:
     @property
     def flops(self) -> int:
         return 6 * self.tokens * self.width * self.vocabulary
+
+    @property
+    def bytes(self) -> int:
+        return 2 * (self.tokens + self.vocabulary) * self.width * self.dtype.itemsize
 
 
 BASE = Tokens("transformer-base", 2048, 512, 32000)
@@ -77,7 +81,7 @@ def bench_linear_cross_entropy_forward_backward(compare, shape, device):
     chosen = {label: forward_backward(function) for label, function in functions.items()}
     if shape is BASE:
         chosen["compile"] = forward_backward(compiled(torchs))
-    compare(chosen, args, flops=shape.flops, peaks=peaks)
+    compare(chosen, args, bytes_moved=shape.bytes, flops=shape.flops, peaks=peaks)
 
 
 def backward(function, args) -> None:

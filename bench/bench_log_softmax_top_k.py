@@ -1,6 +1,6 @@
 """The choice of a beam search's next tokens, against log_softmax and topk of torch.
 
-Bytes: the logits, read once.
+Bytes: the logits, read once. Operations, an element: two to find the maximum and the largest, difference, exp and sum.
 """
 
 from __future__ import annotations
@@ -32,8 +32,12 @@ class Step:
         return self.sentences * self.beams
 
     @property
+    def elements(self) -> int:
+        return self.rows * self.vocabulary
+
+    @property
     def bytes(self) -> int:
-        return self.rows * self.vocabulary * self.dtype.itemsize
+        return self.elements * self.dtype.itemsize
 
 
 SHAPES = [
@@ -45,9 +49,8 @@ SHAPES = [
 ]
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def bench_log_softmax_top_k(compare, shape, device):
-    """The values alone are compared: where two are equal, torch's topk does not say which it takes."""
+def implementations(shape: Step) -> dict:
+    """The values alone: where two are equal, torch's topk does not say which it takes."""
     k = 2 * shape.beams
 
     def naive(logits, addend):
@@ -58,6 +61,14 @@ def bench_log_softmax_top_k(compare, shape, device):
     def fused(logits, addend):
         return log_softmax_top_k(logits, k, beams=shape.beams, addend=addend)[0]
 
+    return {"naive": naive, "fused": fused}
+
+
+def make(shape: Step, device: str) -> tuple[torch.Tensor, torch.Tensor]:
     logits = (2 * torch.randn(shape.rows, shape.vocabulary)).to(device, shape.dtype)
-    addend = (-8 + torch.randn(shape.rows)).to(device)
-    compare({"naive": naive, "fused": fused}, (logits, addend), bytes_moved=shape.bytes)
+    return logits, (-8 + torch.randn(shape.rows)).to(device)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def bench_log_softmax_top_k(compare, shape, device):
+    compare(implementations(shape), make(shape, device), bytes_moved=shape.bytes, flops=5 * shape.elements)

@@ -6,7 +6,7 @@
         compare(
             {"naive": lambda tokens, table: ..., "compile": compiled(...), "fused": embedding},
             (tokens, table),
-            bytes_moved=...,          # least bytes that must be read and written, or flops=..., or tokens=...
+            bytes_moved=..., flops=...,  # the least that must be read and written, and computed; or tokens=...
             peaks={"fused": ...},     # bytes held at most (tests/memory.py), where memory is what the row is about
         )
 
@@ -31,12 +31,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import backends, machine, peers, report, selection
+from bench import backends, machine, peers, plots, report, selection
 from bench.agreement import agree
+from bench.growth import CURVES, grow  # noqa: F401  the fixture of curves
+from bench.held import HELD, hold  # noqa: F401  the fixture of memory
 from bench.timing import Interleaved, Stamp, copy_gigabytes_per_second, matmul_gigaflops_per_second, quantiles
 
 ROWS = pytest.StashKey[list]()
-RESULTS = pytest.StashKey[Path]()
+WRITTEN = pytest.StashKey[list[Path]]()
 JUDGES = ("naive", "torch.nn", "unpacked")  # what others are compared with: they run, though they may not be timed
 
 
@@ -71,7 +73,8 @@ def pace(config) -> Pace:
 
 
 def pytest_configure(config):
-    config.stash[ROWS] = []
+    for key in (ROWS, CURVES, HELD):
+        config.stash[key] = []
     Stamp.device = config.getoption("--device")
     if Stamp.device == "cuda" and not torch.cuda.is_available():
         raise pytest.UsageError("--device cuda: torch sees no CUDA device")
@@ -165,7 +168,8 @@ def _rounds(own, others: Interleaved, pace: Pace) -> int:
 
 
 def _rates(median_us: float, bytes_moved, flops, tokens, dtype: str) -> dict:
-    rates = {}
+    """What ours moves and computes a second, and its share of each limit."""
+    rates = {"bytes": bytes_moved, "flops": flops} if bytes_moved and flops else {}
     if bytes_moved is not None:
         rates["gb_per_s"] = round(bytes_moved / median_us / 1e3, 2)
         rates["share_of_copy"] = round(rates["gb_per_s"] / copy_gigabytes_per_second(), 3)
@@ -189,9 +193,16 @@ def pytest_benchmark_update_machine_info(config, machine_info):
 
 
 def pytest_sessionfinish(session, exitstatus):
-    rows, folder = session.config.stash[ROWS], session.config.getoption("--results")
-    if rows and folder and exitstatus == pytest.ExitCode.OK:
-        session.config.stash[RESULTS] = report.write_results(folder, machine.facts(), rooflines(rows), rows)
+    results, folder = measured(session.config), session.config.getoption("--results")
+    if results and folder and exitstatus == pytest.ExitCode.OK:
+        path = report.write_results(folder, results)
+        session.config.stash[WRITTEN] = [path, *plots.write(results, path)]
+
+
+def measured(config) -> dict | None:
+    """All that the run has measured, if anything."""
+    rows, curves, held = (config.stash[key] for key in (ROWS, CURVES, HELD))
+    return report.results_of(machine.facts(), rooflines(rows), rows, curves, held) if rows or curves or held else None
 
 
 def rooflines(rows) -> dict:
@@ -201,16 +212,16 @@ def rooflines(rows) -> dict:
 
 
 def pytest_terminal_summary(terminalreporter, config):
-    rows = config.stash[ROWS]
-    if not rows:
+    results = measured(config)
+    if not results:
         return
     terminalreporter.section("times and ratios")
-    for line in report.text_table(machine.facts(), rooflines(rows), rows):
+    for line in report.text_table(results):
         terminalreporter.write_line(line)
     terminalreporter.write_line("")
     for line in peers.absent(config.getoption("--device"), config.getoption("--peers")):
         terminalreporter.write_line(line)
-    if RESULTS in config.stash:
-        terminalreporter.write_line(f"\nwritten to {config.stash[RESULTS]}")
+    if WRITTEN in config.stash:
+        terminalreporter.write_line("\nwritten: " + ", ".join(map(str, config.stash[WRITTEN])))
     elif config.getoption("--results"):
         terminalreporter.write_line("\nnot written: a row failed, and results with a row missing would mislead")

@@ -16,20 +16,31 @@ from datetime import date
 from itertools import groupby
 from pathlib import Path
 
-from bench import report_decoding
+from bench import report_decoding, report_growth
 
 ROOT = Path(__file__).parents[1]
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 
 
-def write_results(folder: Path, machine: dict, rooflines: dict, rows: list[dict]) -> Path:
+def results_of(machine: dict, rooflines: dict, rows: list[dict], curves: list[dict], memory: list[dict]) -> dict:
+    """One run, as its JSON has it."""
+    head = {"machine": machine, "date": f"{date.today():%Y-%m-%d}", "rooflines": rooflines}
+    return {**head, "rows": rows, "curves": curves, "memory": memory}
+
+
+def write_results(folder: Path, results: dict) -> Path:
     """Write one run as JSON; the file is named after the processor or GPU, and the day."""
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{slug(machine.get('gpu') or machine['processor'])}_{date.today():%Y-%m-%d}.json"
-    head = {"machine": machine, "date": f"{date.today():%Y-%m-%d}", "rooflines": rooflines}
-    parts = [f" {json.dumps(key)}: {json.dumps(value)}" for key, value in head.items()]
-    lines = ",\n".join(f"  {json.dumps(row, ensure_ascii=False)}" for row in rows)  # a line a row: diffs stay readable
-    path.write_text("{\n" + ",\n".join(parts) + ',\n "rows": [\n' + lines + "\n ]\n}\n")
+    machine = results["machine"]
+    path = folder / f"{slug(machine.get('gpu') or machine['processor'])}_{results['date']}.json"
+
+    def one(value) -> str:
+        if not isinstance(value, list):
+            return json.dumps(value)
+        return "[\n" + ",\n".join(f"  {json.dumps(row, ensure_ascii=False)}" for row in value) + "\n ]"
+
+    # A line a row: diffs stay readable.
+    path.write_text("{\n" + ",\n".join(f" {json.dumps(key)}: {one(value)}" for key, value in results.items()) + "\n}\n")
     return path
 
 
@@ -84,7 +95,8 @@ def rate(row: dict) -> str:
 
 
 def _rate(row: dict) -> str:
-    if "gflop_per_s" in row:
+    copies = "gb_per_s" in row and row["share_of_copy"] > row.get("share_of_matmul", 0)  # the limit that is nearer
+    if "gflop_per_s" in row and not copies:
         return f"{row['gflop_per_s']:.0f} GFLOP/s ({row['share_of_matmul']:.0%} of matmul)"
     if "gb_per_s" in row:
         return f"{row['gb_per_s']:.1f} GB/s ({row['share_of_copy']:.0%} of copy)"
@@ -109,12 +121,18 @@ def machine_line(machine: dict, rooflines: dict) -> str:
 # ---------------------------------------------------------------- on the terminal
 
 
-def text_table(machine: dict, rooflines: dict, rows: list[dict]) -> list[str]:
-    """One block for each group: our time, each other implementation as a multiple of it, and our rate."""
-    lines = [
-        machine_line(machine, rooflines),
-        "× is an other implementation's time over ours: above 1, ours is quicker",
-    ]
+def text_table(results: dict) -> list[str]:
+    """One block for each group: our time, each other implementation as a multiple of it, and our rate; then curves and
+    memory.
+    """
+    rows = results["rows"]
+    lines = [machine_line(results["machine"], results["rooflines"])]
+    lines += _rows_table(rows) if rows else []
+    return lines + report_growth.text(results.get("curves", []), results.get("memory", []))
+
+
+def _rows_table(rows: list[dict]) -> list[str]:
+    lines = ["× is an other implementation's time over ours: above 1, ours is quicker"]
     for group, members in grouped(rows):
         labels = list(dict.fromkeys(label for of in (forced, others) for row in members for label in of(row)))
         width = max(len(row["name"]) for row in members)
@@ -152,6 +170,7 @@ def markdown(results: dict, figure: str) -> str:
             )
             naive = f"{ratios['naive']:.2f}×" if "naive" in ratios else "-"
             lines.append(f"| {row['name']} | {own} | {other} | {naive} | {rate(row)} |")
+    lines += report_growth.markdown(results.get("curves", []), results.get("memory", []))
     return "\n".join([*lines, "", "</details>"])
 
 
@@ -214,7 +233,7 @@ def main(arguments: list[str] | None = None) -> None:
     for path in files:
         results = json.loads(path.read_text())
         if options.print:
-            print("\n".join(text_table(results["machine"], results["rooflines"], results["rows"])))
+            print("\n".join(text_table(results)))
             continue
         figure = path.with_suffix(".svg")
         write_figure(results, figure)
