@@ -14,7 +14,7 @@ from functools import partial
 import pytest
 import torch
 
-from bench import shapes
+from bench import packages, shapes
 from bench.agreement import forward_backward
 from bench.baselines import compiled, flex, keep_of_lengths, naive_attention, sdpa, sdpa_backends, sentence_lengths
 from bench.timing import Within
@@ -44,12 +44,14 @@ def race(
     naive: dict,
     torch_s: dict,
     flexs: dict,
+    packaged: str | None = None,
     grad: bool = False,
     compile: bool = False,
     also: dict[str, Callable] | None = None,
 ) -> None:
     """One row; `fused`, `naive`, `torch_s` and `flexs` are the mask in the words of each. `seen` and `keys`: pairs, and
     keys that any query sees (default: all), summed over batches. `also`: contexts, by label, that ours is timed in too.
+    `packaged`: "causal" or "unmasked", which packages for a GPU have too.
     """
     wrap = forward_backward if grad else lambda function: function
     implementations = {"naive": wrap(partial(naive_attention, **naive)), "flex": flex(wrap, **flexs)}
@@ -59,6 +61,8 @@ def race(
         torch_s = {**torch_s, "enable_gqa": True}
     for label, backend in sdpa_backends(device).items():
         implementations[label] = sdpa(backend, wrap, **torch_s)
+    if packaged is not None:
+        implementations |= packages.attention(device, wrap, causal=packaged == "causal")
     for label, context in (also or {}).items():
         implementations[label] = Within(context, wrap(partial(attention, **fused)))
     implementations["fused"] = wrap(partial(attention, **fused))
@@ -97,12 +101,12 @@ def causal(compare, shape, device, **more) -> None:
     keep = torch.ones(shape.length, shape.keys, dtype=torch.bool, device=device).tril()
     masks = {"fused": {"causal": "top_left"}, "naive": {"keep": keep}, "torch_s": {"is_causal": True}}
     flexs = {"mask": (lambda _b, _h, i, j: j <= i, None, None, shape.length, shape.keys)}
-    race(compare, shape, device, seen=seen, **masks, flexs=flexs, **more)
+    race(compare, shape, device, seen=seen, **masks, flexs=flexs, packaged="causal", **more)
 
 
 def unmasked(compare, shape, device, **more) -> None:
     seen = shape.batch * shape.length * shape.keys
-    race(compare, shape, device, seen=seen, fused={}, naive={}, torch_s={}, flexs={}, **more)
+    race(compare, shape, device, seen=seen, fused={}, naive={}, torch_s={}, flexs={}, packaged="unmasked", **more)
 
 
 # ---------------------------------------------------------------- forward

@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from bench import shapes
+from bench import packages, shapes
 from bench.agreement import forward_backward
 from bench.baselines import compiled
 from fused_transformer.kernels import add_layer_norm, layer_norm
@@ -46,12 +46,14 @@ def bench_add_layer_norm(compare, shape, device):
     implementations = {"naive": add_then_norm, "fused": add_layer_norm}
     if shape is shapes.ROWS_BASE:
         implementations["compile"] = compiled(add_then_norm)
+    implementations |= packages.add_layer_norm(device)
     compare(implementations, make(shape, device), bytes_moved=3 * tensor_bytes(shape), flops=8 * elements(shape))
 
 
 @pytest.mark.parametrize("shape", SHAPES[:3], ids=str)
 def bench_add_layer_norm_forward_backward(compare, shape, device):
     implementations = {"naive": forward_backward(add_then_norm), "fused": forward_backward(add_layer_norm)}
+    implementations |= packages.add_layer_norm(device, forward_backward)
     work = {"bytes_moved": 7 * tensor_bytes(shape), "flops": (8 + 14) * elements(shape)}
     compare(implementations, make(shape, device, grad=True), **work)
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from bench import packages
 from bench.agreement import forward_backward
 from bench.baselines import compiled
 from fused_transformer.kernels import cross_entropy, linear_cross_entropy
@@ -81,6 +82,7 @@ def bench_linear_cross_entropy_forward_backward(compare, shape, device):
     chosen = {label: forward_backward(function) for label, function in functions.items()}
     if shape is BASE:
         chosen["compile"] = forward_backward(compiled(torchs))
+    chosen |= packages.linear_cross_entropy(device, forward_backward, label_smoothing=SMOOTHING)
     compare(chosen, args, bytes_moved=shape.bytes, flops=shape.flops, peaks=peaks)
 
 

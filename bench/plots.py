@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import html
+import importlib.util
 import json
 import math
 import statistics
@@ -24,9 +25,12 @@ MARKERS = {"float32": "o", "bfloat16": "s", "float16": "^"}
 
 
 def write(results: dict, path: Path) -> list[Path]:
-    """The pictures of the result at `path`, beside it: what was written. A picture of nothing is left out."""
-    written, pictures = [], {}
-    for name, (draw, _) in PICTURES.items():
+    """The pictures of the result at `path`, beside it: what was written. A picture of nothing is left out; without
+    matplotlib all are, and the page has the tables alone: nobody runs the suite again for want of it.
+    """
+    written: list[Path] = []
+    pictures: dict[str, str] = {}
+    for name, (draw, _) in PICTURES.items() if importlib.util.find_spec("matplotlib") else ():
         figure = draw(results)
         if figure is None:
             continue
@@ -53,6 +57,10 @@ def as_html(results: dict, pictures: dict[str, str]) -> str:
         title = PICTURES[name][1]
         data = base64.b64encode(svg.encode()).decode()
         parts.append(f'<h2>{title}</h2><p><img alt="{title}" src="data:image/svg+xml;base64,{data}"/></p>')
+    if not pictures:
+        parts.append(
+            "<p>No pictures: they need matplotlib (pip install matplotlib; python -m bench.plots FILE.json).</p>"
+        )
     text = html.escape("\n".join(report.text_table(results)))
     return "\n".join([*parts, f"<h2>All figures</h2><pre>{text}</pre></body></html>\n"])
 

@@ -1,4 +1,4 @@
-"""Curves, memory and pictures of a result: powers of power laws are exact, attention is linear in memory, pages whole."""
+"""Curves, memory and pictures of a result: powers of power laws are exact, attention is linear, pages are whole."""
 
 from __future__ import annotations
 
@@ -143,6 +143,13 @@ def test_pictures_of_nothing_are_left_out(tmp_path):
     assert [path.name for path in written] == ["x.html", "x_speedups.svg"]
     rowless = plots.write(make_results() | {"rows": []}, tmp_path / "y.json")
     assert [path.name for path in rowless] == ["y.html", "y_scaling.svg", "y_memory.svg", "y_memory_growth.svg"]
+
+
+def test_without_matplotlib_the_page_has_the_tables(tmp_path, monkeypatch):
+    monkeypatch.setattr(plots.importlib.util, "find_spec", lambda name: None)
+    written = plots.write(make_results(), tmp_path / "x.json")
+    assert [path.name for path in written] == ["x.html"]
+    assert "pip install matplotlib" in written[0].read_text() and "gpt2 L1024" in written[0].read_text()
 
 
 def test_pictures_of_a_result_that_is_there_already(tmp_path, capsys):

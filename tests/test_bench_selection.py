@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from bench import __main__ as command
-from bench import backends, baselines, peers, selection, shapes
+from bench import backends, baselines, packages, peers, selection, shapes
 from bench.agreement import agree
 from bench.timing import context_of
 from fused_transformer.kernels import layer_norm
@@ -122,6 +122,27 @@ def test_what_is_not_installed_is_listed_with_its_pip_line(monkeypatch):
     assert not any("pip install" in line for line in peers.absent("cuda"))
     assert "not on this device: flash-attn runs on a GPU alone" in peers.absent("cpu")
     assert peers.runs("flash-attn", "cuda") and not peers.runs("flash-attn", "cpu") and peers.runs("naive", "cpu")
+
+
+def test_packages_are_baselines_where_they_are_installed_and_run(monkeypatch):
+    """None of them can run here: what is asked is which rows they would be in, and that a failing one only refuses."""
+
+    def plain(function):
+        return function
+
+    makes = {
+        "flash-attn": lambda device: packages.attention(device, plain, causal=True),
+        "xformers": lambda device: packages.attention(device, plain, causal=False),
+        "liger-kernel": lambda device: packages.add_layer_norm(device),
+        "liger-kernel ": lambda device: packages.linear_cross_entropy(device, plain, label_smoothing=0.1),
+    }
+    monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: object())
+    for label, make in makes.items():
+        assert make("cpu") == {} and label.strip() in make("cuda")
+    with pytest.raises(RuntimeError, match="ModuleNotFoundError"):
+        packages.attention("cuda", plain, causal=True)["flash-attn"](*torch.randn(3, 1, 2, 4, 8))
+    monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: None)
+    assert all(make("cuda") == {} for make in makes.values())
 
 
 def test_whatever_a_package_raises_is_its_refusal():
