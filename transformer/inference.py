@@ -13,6 +13,7 @@ from fused_transformer.config import TransformerConfig
 from fused_transformer.embedding import TokenEmbedding
 from fused_transformer.incremental import DecoderState, new_state
 from fused_transformer.kernels import attention, layer_norm
+from fused_transformer.kernels.decode_attention import new_cache
 from fused_transformer.kernels.decoder_step import Norm, PackedDecoder, PackedLayer, decoder_step
 from fused_transformer.kernels.linear import WEIGHTS, PackedLinear, linear
 from fused_transformer.layers import DecoderLayer, EncoderLayer
@@ -133,13 +134,13 @@ class PackedTransformer:
         """As `Transformer.start`."""
         packing = packing_if_worth_it(memory_lengths, memory)
         rows = memory.flatten(0, 1) if packing is None else packing.pack(memory)
-        projected = []
-        for layer in self._memory:
-            both = linear(rows, layer)
-            both = both.view(*memory.shape[:2], -1) if packing is None else packing.unpack(both)
-            keys, values = both.view(*memory.shape[:2], 2, self._heads, -1).permute(2, 0, 3, 1, 4).contiguous()
-            projected.append((keys, values))
-        return new_state(projected, memory, memory_lengths, beam_size)
+        (batch, length), heads, layers = memory.shape[:2], self._heads, len(self._memory)
+        projected = new_cache(layers, 2, batch, heads, length, memory.shape[2] // heads, like=memory)
+        for layer, both in zip(self._memory, projected, strict=True):
+            y = linear(rows, layer)
+            y = y.view(batch, length, -1) if packing is None else packing.unpack(y)
+            both.copy_(y.view(batch, length, 2, heads, -1).permute(2, 0, 3, 1, 4))
+        return new_state([(both[0], both[1]) for both in projected], memory, memory_lengths, beam_size)
 
     @torch.no_grad()
     def step(self, tokens: Tensor, state: DecoderState) -> Tensor:

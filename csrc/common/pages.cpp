@@ -33,6 +33,12 @@ struct Mapping {
 
 }  // namespace
 
+void advise_pages(void* address, size_t bytes) {
+  const auto begin = rounded(reinterpret_cast<uintptr_t>(address), kPage);
+  const auto end = (reinterpret_cast<uintptr_t>(address) + bytes) / kPage * kPage;
+  if (end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+}
+
 std::shared_ptr<void> allocate_pages(size_t bytes) {
   static std::mutex mutex;
   static std::weak_ptr<Mapping> latest;  // that small pieces are cut from

@@ -71,11 +71,47 @@ FT_INLINE void locate(const DecodeAttention& args, const Rows& r, int64_t first,
   }
 }
 
+// A task's place among all: the heads one after another, the sequences of a head, tiles of rows, splits of keys.
+// The sequences of a head follow each other: beams, which are neighbours, read the same keys where they agree.
+struct Task {
+  Rows rows;
+  int64_t split, start, stop;  // the keys start ... stop
+
+  Task(const DecodeAttention& args, int64_t index, int64_t tiles, int64_t splits) : split(index % splits) {
+    const int64_t all = args.H / args.Hk * args.L, first = index / splits % tiles * kRows;
+    rows = {index / splits / tiles % args.B, index / splits / tiles / args.B, first, int(smaller(kRows, all - first))};
+    start = split * kSplit;
+    stop = smaller(keys_of(args, rows.b), start + kSplit);
+  }
+};
+
+// The blocks of keys of one task after another. Each is located while the one before it is computed, so that its keys
+// can be asked for: a cache of few tokens is one block a task, and each would wait for its keys otherwise.
 template <class T>
-void task(const DecodeAttention& args, const Rows& r, int64_t split) {
+struct Blocks {
+  Block<T> two[2];
+  int turn = 0;
+
+  FT_INLINE Block<T>& current() { return two[turn % 2]; }
+  FT_INLINE Block<T>& next() { return two[(turn + 1) % 2]; }
+};
+
+// `after`: the task that comes next, or nullptr.
+template <class T>
+void run(const DecodeAttention& args, const Task& task, const Task* after, Blocks<T>& blocks) {
   const int D = int(args.D);
-  const int64_t n = keys_of(args, r.b), start = split * kSplit, stop = smaller(n, start + kSplit);
-  if (stop <= start && split > 0) return;
+  const Rows& r = task.rows;
+  const int64_t n = keys_of(args, r.b), start = task.start, stop = task.stop;
+  const auto locate_after = [&]() -> Block<T>* {
+    if (after == nullptr || after->start >= after->stop) return nullptr;
+    locate(args, after->rows, after->start, after->stop, blocks.next());
+    return &blocks.next();
+  };
+  if (stop <= start) {
+    locate_after();
+    ++blocks.turn;
+    if (task.split > 0) return;
+  }
 
   float q[kRows * kLd], sums[kRows * kLd];
   Softmax softmax[kRows];
@@ -90,15 +126,13 @@ void task(const DecodeAttention& args, const Rows& r, int64_t split) {
     seen[m] = args.causal ? n - (args.L - 1 - i) : n;
   }
 
-  Block<T> blocks[2];
-  if (start < stop) locate(args, r, start, stop, blocks[0]);
-  for (int64_t j = start, turn = 0; j < stop; j += kBlock, ++turn) {
-    const Block<T>& block = blocks[turn % 2];
-    Block<T>* next = nullptr;
-    if (j + kBlock < stop) {
-      next = &blocks[(turn + 1) % 2];
+  for (int64_t j = start; j < stop; j += kBlock, ++blocks.turn) {
+    const Block<T>& block = blocks.current();
+    Block<T>* next = &blocks.next();
+    if (j + kBlock < stop)
       locate(args, r, j + kBlock, stop, *next);
-    }
+    else
+      next = locate_after();
     int counts[kRows];
     for (int m = 0; m < r.rows; ++m) {
       const int64_t count = smaller(seen[m] - j, block.count);
@@ -114,7 +148,7 @@ void task(const DecodeAttention& args, const Rows& r, int64_t split) {
     if (args.C <= kSplit) {
       write(args, r.b, h, i, sums + m * kLd, softmax[m]);
     } else {
-      float* to = part(args, r.b, h, i, split);
+      float* to = part(args, r.b, h, i, task.split);
       for (int d = 0; d < D; d += kWidth) store(to + d, load(sums + m * kLd + d));
       to[(D + 15) / 16 * 16] = softmax[m].maximum;
       to[(D + 15) / 16 * 16 + 1] = softmax[m].sum;
@@ -150,12 +184,18 @@ void decode_attention(const DecodeAttention& args) {
   const int64_t splits = args.C <= kSplit ? 1 : (args.C + kSplit - 1) / kSplit;
   int64_t keys = 0;
   for (int64_t b = 0; b < args.B; ++b) keys += keys_of(args, b);
-  // The sequences of a head follow each other: beams, which are neighbours, read the same keys where they agree.
-  parallel_tasks(args.Hk * args.B * tiles * splits, keys * args.H * args.L * args.D, [&](int64_t index) {
-    const int64_t split = index % splits, tile = index / splits % tiles, b = index / splits / tiles % args.B;
-    const int64_t first = tile * kRows;
-    const Rows r{b, index / splits / tiles / args.B, first, int(smaller(kRows, rows - first))};
-    with_storage(args.dtype, [&](auto tag) { task<typename decltype(tag)::type>(args, r, split); });
+  parallel_runs(args.Hk * args.B * tiles * splits, keys * args.H * args.L * args.D, [&](int64_t begin, int64_t end) {
+    with_storage(args.dtype, [&](auto tag) {
+      using T = typename decltype(tag)::type;
+      Blocks<T> blocks;
+      Task task(args, begin, tiles, splits);
+      if (task.start < task.stop) locate(args, task.rows, task.start, task.stop, blocks.current());
+      for (int64_t index = begin; index < end; ++index) {
+        const Task after(args, index + 1 < end ? index + 1 : index, tiles, splits);
+        run(args, task, index + 1 < end ? &after : nullptr, blocks);
+        task = after;
+      }
+    });
   });
   if (splits == 1) return;
   const int64_t queries = args.B * args.H * args.L;
