@@ -24,7 +24,7 @@ def test_a_new_cache_keeps_what_is_written_beside_other_memory(shape, dtype):
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_each_of_many_sequences_reads_its_own_keys(threads):
-    """Each sequence prepares the next one's keys, which may be none, one block or several: alone it must be the same."""
+    """Each prepares the next one's keys, which may be none, one block or several; alone it must be the same."""
     lengths = torch.tensor([0, 0, 5, 64, 0, 65, 1, 130, 300, 0, 257, 64, 63, 0, 2, 256, 128, 7, 0])
     generator = torch.Generator().manual_seed(3)
     q = torch.randn(len(lengths), 4, 1, 64, generator=generator)
