@@ -16,7 +16,7 @@ from datetime import date
 from itertools import groupby
 from pathlib import Path
 
-from bench import report_decoding, report_growth
+from bench import report_decoding, report_growth, report_training
 
 ROOT = Path(__file__).parents[1]
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
@@ -242,7 +242,7 @@ def main(arguments: list[str] | None = None) -> None:
         update_readme(options.readme, "\n\n".join(sections))
     if options.results or options.print:
         return
-    for name, section in report_decoding.SECTIONS.items():
+    for name, section in {**report_decoding.SECTIONS, "training": report_training.of_training}.items():
         files = newest(ROOT / "bench" / "results" / name)
         if files:
             marks = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
