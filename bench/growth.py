@@ -26,7 +26,7 @@ from bench.timing import Interleaved, context_of, quantiles
 from tests.memory import peak_bytes
 
 CURVES = pytest.StashKey[list]()
-POINTS_OF_QUICK = 5
+POINTS_OF_QUICK = {"time": 5, "bytes": 4}  # the smallest ones
 LONGEST_ROUNDS = 50
 SHORTEST_ROUNDS = 3
 Work = Callable[[int], tuple[dict[str, Callable], tuple]]
@@ -68,7 +68,7 @@ def grow(request, device):
 
     def run(name: str, along: str, sizes: Sequence[int], work: Work, *, fixed: str, of: str = "time") -> dict:
         checked_alone = config.getoption("benchmark_disable")
-        sizes = sizes[: 2 if checked_alone else POINTS_OF_QUICK if quick else len(sizes)]
+        sizes = sizes[: 2 if checked_alone else POINTS_OF_QUICK[of] if quick else len(sizes)]
         values: dict[str, list[float | None]] = {}
         for place, size in enumerate(sizes):
             implementations, args = work(size)

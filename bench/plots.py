@@ -11,16 +11,14 @@ import base64
 import html
 import importlib.util
 import json
-import math
 import statistics
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from bench import report, report_growth
+from bench import plots_growth, report
+from bench.drawing import LOST, OTHER, OURS, bare, dot, patch, subplots
 
-OURS, LOST, OTHER = "#2a7f62", "#b5483b", "#9aa5b1"
-LINES = ("#4a6fa5", "#c98b2b", "#8a5a9e", "#6b7280", "#b5483b")
 MARKERS = {"float32": "o", "bfloat16": "s", "float16": "^"}
 
 
@@ -65,21 +63,6 @@ def as_html(results: dict, pictures: dict[str, str]) -> str:
     return "\n".join([*parts, f"<h2>All figures</h2><pre>{text}</pre></body></html>\n"])
 
 
-def _subplots(*args, **options):
-    import matplotlib
-
-    matplotlib.use("svg")
-    matplotlib.rcParams |= {"svg.hashsalt": "bench", "svg.fonttype": "path", "font.size": 9}
-    from matplotlib.figure import Figure
-
-    figure = Figure(layout="constrained", figsize=options.pop("figsize"))
-    return figure, figure.subplots(*args, **options)
-
-
-def _bare(axes) -> None:
-    axes.spines[["top", "right"]].set_visible(False)
-
-
 def speedups(results: dict):
     """Two bars for each group: the fastest alternative's time over ours, and naive torch's (or torch.nn's), medians of
     its rows; a line from the worst row to the best.
@@ -87,7 +70,7 @@ def speedups(results: dict):
     groups = [(group, rows) for group, rows in report.grouped(results["rows"]) if any(map(report.others, rows))]
     if not groups:
         return None
-    figure, axes = _subplots(figsize=(8.5, 1.2 + 0.34 * len(groups)))
+    figure, axes = subplots(figsize=(8.5, 1.2 + 0.34 * len(groups)))
     for place, (_, rows) in enumerate(groups):
         best = [found[1] for row in rows if (found := report.fastest_other(row))]
         naive = [ratio for row in rows for label, ratio in report.others(row).items() if label in ("naive", "torch.nn")]
@@ -102,10 +85,10 @@ def speedups(results: dict):
     axes.set_yticks(range(len(groups)), [group for group, _ in groups])
     axes.set_ylim(len(groups) - 0.4, -0.6)
     axes.set_xlabel("time of the alternative / ours; right of the line ours is quicker")
-    handles = [_patch(OURS, "fastest alternative"), _patch(LOST, "the same, where it is quicker than ours"),
-               _patch(OTHER, "naive torch, or torch.nn")]  # fmt: skip
+    handles = [patch(OURS, "fastest alternative"), patch(LOST, "the same, where it is quicker than ours"),
+               patch(OTHER, "naive torch, or torch.nn")]  # fmt: skip
     figure.legend(handles=handles, loc="outside upper left", ncols=3, frameon=False)
-    _bare(axes)
+    bare(axes)
     return figure
 
 
@@ -117,19 +100,13 @@ def _factors(axis, set_scale: Callable) -> None:
     axis.set_minor_formatter(NullFormatter())
 
 
-def _patch(colour: str, label: str):
-    from matplotlib.patches import Patch
-
-    return Patch(color=colour, label=label)
-
-
 def roofline(results: dict):
     """Each kernel at the operations it has for each byte, and at those it does a second, under the two ceilings."""
     rows = [row for row in results["rows"] if row.get("flops") and row.get("bytes")]
     if not rows:
         return None
     copy, matmul = results["rooflines"]["copy_gb_per_s"], results["rooflines"]["matmul_gflop_per_s"]
-    figure, axes = _subplots(figsize=(8.5, 5.6))
+    figure, axes = subplots(figsize=(8.5, 5.6))
     intensities = [row["flops"] / row["bytes"] for row in rows]
     left, right = min(intensities) / 2, max(*intensities, *(rate / copy for rate in matmul.values())) * 3
     for dtype, rate in matmul.items():
@@ -154,10 +131,10 @@ def roofline(results: dict):
     axes.set_ylabel("GFLOP/s")
     axes.grid(alpha=0.25)
     dtypes = list(dict.fromkeys(row["dtype"] for row in rows))
-    handles = [_dot(colours[op], "o", op) for op in ops] + [_dot("black", MARKERS.get(d, "o"), d) for d in dtypes]
-    handles.append(_dot("black", "o", "with backward", hollow=True))
+    handles = [dot(colours[op], "o", op) for op in ops] + [dot("black", MARKERS.get(d, "o"), d) for d in dtypes]
+    handles.append(dot("black", "o", "with backward", hollow=True))
     figure.legend(handles=handles, loc="outside upper center", ncols=5, frameon=False)
-    _bare(axes)
+    bare(axes)
     return figure
 
 
@@ -173,110 +150,12 @@ def _colour(place: int, count: int) -> tuple:
     return matplotlib.colormaps["tab10" if count <= 10 else "tab20"](place)
 
 
-def _dot(colour, marker: str, label: str, *, hollow: bool = False):
-    from matplotlib.lines import Line2D
-
-    inside = "none" if hollow else colour
-    return Line2D([], [], color=colour, marker=marker, linestyle="", label=label, markerfacecolor=inside, markersize=5)
-
-
-def scaling(results: dict):
-    """A panel for each curve of times, each line with the power that it grows with."""
-    return _panels([curve for curve in results.get("curves", []) if curve["unit"] == "µs"])
-
-
-def _panels(curves: list[dict]):
-    if not curves:
-        return None
-    columns = min(3, len(curves))
-    lines = math.ceil(len(curves) / columns)
-    figure, grid = _subplots(lines, columns, figsize=(3.6 * columns, 2.9 * lines), squeeze=False)
-    for axes in grid.flat[len(curves) :]:
-        axes.set_visible(False)
-    for curve, axes in zip(curves, grid.flat, strict=False):
-        _panel(curve, axes)
-    return figure
-
-
-def _panel(curve: dict, axes) -> None:
-    from matplotlib.ticker import LogLocator, NullFormatter
-
-    scale = 1e3 if curve["unit"] == "µs" else 1e6
-    others = iter(LINES)
-    for label, values in sorted(curve["values"].items(), key=lambda item: item[0] != curve["ours"]):
-        ours = label == curve["ours"]
-        points = [(size, value / scale) for size, value in zip(curve["sizes"], values, strict=True) if value]
-        power = curve["slopes"][label]
-        told = ("ours" if ours else label) + ("" if power is None else f": power {power:.2f}")
-        axes.plot(*zip(*points, strict=True), marker="o", markersize=3, linewidth=2 if ours else 1.2, label=told,
-                  color=OURS if ours else next(others))  # fmt: skip
-    axes.set_xscale("log", base=2)
-    axes.set_yscale("log")
-    axes.xaxis.set_major_formatter(lambda size, _: _short(size))
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if _decades(curve) < 1.5 else (1,)))
-    axes.yaxis.set_major_formatter(lambda amount, _: f"{amount:g}")
-    axes.yaxis.set_minor_formatter(NullFormatter())
-    axes.set_title(f"{curve['name']}\n{curve['fixed']}", fontsize=8)
-    axes.set_xlabel(curve["along"])
-    axes.set_ylabel("ms" if curve["unit"] == "µs" else "MB")
-    axes.grid(alpha=0.25)
-    axes.legend(frameon=False, fontsize=7)
-    _bare(axes)
-
-
-def _decades(curve: dict) -> float:
-    values = [value for of_label in curve["values"].values() for value in of_label if value]
-    return math.log10(max(values) / min(values))
-
-
-def _short(size: float) -> str:
-    return f"{size / 1024:g}k" if size >= 1024 else f"{size:g}"
-
-
-def memory(results: dict):
-    """What each piece of work holds at most, by implementation."""
-    held = results.get("memory", [])
-    if not held:
-        return None
-    labels = list(dict.fromkeys(label for entry in held for label in entry["peak_bytes"]))
-    labels.sort(key=lambda label: label.partition(" ")[0] != "fused")
-    palette = iter(LINES)
-    colours = {label: OURS if label == "fused" else "#7fb8a0" if label.startswith("fused ") else next(palette)
-               for label in labels}  # fmt: skip
-    figure, axes = _subplots(figsize=(8.5, 1.0 + 0.16 * sum(len(entry["peak_bytes"]) + 1 for entry in held)))
-    place, ticks = 0.0, []
-    for entry in held:
-        mine = [label for label in labels if label in entry["peak_bytes"]]
-        ticks.append((place + (len(mine) - 1) / 2, f"{entry['name']}, {entry['what']}"))
-        for label in mine:
-            megabytes = max(entry["peak_bytes"][label] / 1e6, 1e-3)
-            axes.barh(place, megabytes, 0.9, color=colours[label])
-            axes.annotate(
-                f"{megabytes:.3g}", (megabytes, place), (3, 0), textcoords="offset points", va="center", size=6
-            )
-            place += 1
-        place += 1
-    axes.set_xscale("log")
-    axes.set_yticks([middle for middle, _ in ticks], [name for _, name in ticks])
-    axes.set_ylim(place - 1, -1)
-    axes.set_xlabel("MB held at most, beyond what was given")
-    handles = [_patch(colours[label], report_growth.plain(label)) for label in labels]
-    figure.legend(handles=handles, loc="outside upper center", ncols=4, frameon=False)
-    _bare(axes)
-    return figure
-
-
-def memory_growth(results: dict):
-    """Memory as a size grows."""
-    return _panels([curve for curve in results.get("curves", []) if curve["unit"] == "bytes"])
-
-
 PICTURES: dict[str, tuple[Callable, str]] = {
     "speedups": (speedups, "Speed-ups"),
     "roofline": (roofline, "Roofline"),
-    "scaling": (scaling, "How times grow"),
-    "memory": (memory, "Memory"),
-    "memory_growth": (memory_growth, "How memory grows"),
+    "scaling": (plots_growth.scaling, "How times grow"),
+    "memory": (plots_growth.memory, "Memory"),
+    "memory_growth": (plots_growth.memory_growth, "How memory grows"),
 }
 
 
