@@ -14,8 +14,9 @@ from bench.report import is_ours
 RULE = """\
 A row is slower if the 20th percentile of its new times is above the 80th of its old ones, and faster if it is the other
 way round, by more than {tolerance:.0%} and after the old times were moved as the machine moved: by the change of the
-alternatives timed in the same rounds. They did not change, so what they took longer the machine took; where they
-disagree, the row is judged by the one that excuses most. A row without alternatives moves as the median row."""
+alternatives timed in the same rounds. They did not change, so what they took longer the machine took; where they, or
+their 20th and 80th percentiles and medians, disagree, the row is judged by the one that excuses most. A row without
+alternatives moves as the median row."""
 TOLERANCE = 0.05
 SAME_MACHINE = ("device", "processor", "gpu", "threads", "isa")
 SAME_CODE = ("torch", "python", "cuda")
@@ -59,9 +60,12 @@ def _rows(results: dict) -> dict[tuple[str, str], dict]:
 
 
 def _drift(before: dict, after: dict) -> tuple[float, float] | None:
-    """The least and the greatest change among the alternatives that both results timed."""
+    """The least and the greatest change among the alternatives that both results timed, of median and percentiles: the
+    three change alike on a machine that is slower, and apart on one that is noisier.
+    """
     common = [name for name in before["times"] if not is_ours(name, before) and name in after["times"]]
-    ratios = [after["times"][name]["median_us"] / before["times"][name]["median_us"] for name in common]
+    percentiles = ("p20_us", "median_us", "p80_us")
+    ratios = [after["times"][name][at] / before["times"][name][at] for name in common for at in percentiles]
     return (min(ratios), max(ratios)) if ratios else None
 
 

@@ -34,9 +34,10 @@ def hold(request, device):
             with context_of(implementation):
                 implementation(*args)  # what a first call alone leaves behind is none of the work's
                 peaks[label] = peak_bytes(lambda implementation=implementation: implementation(*args), device)
-        config.stash[HELD].append(
-            {"name": name, "what": what, "shape": str(shape), "ours": "fused", "peak_bytes": peaks}
-        )
+        if not config.getoption("benchmark_disable"):  # else everything is checked and nothing recorded
+            config.stash[HELD].append(
+                {"name": name, "what": what, "shape": str(shape), "ours": "fused", "peak_bytes": peaks}
+            )
         return peaks
 
     return run

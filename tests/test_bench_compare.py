@@ -53,6 +53,16 @@ def test_the_rule(old, new, verdict):
     assert verdicts(old, new) == {"row": verdict}
 
 
+def test_a_noisier_machine_excuses_as_much_as_its_noise():
+    """torch's median is what it was and its 80th percentile half as much again: so may ours be, and no more."""
+    old, new = one(100), one(140)
+    new["rows"][0]["times"]["naive"]["p80_us"] *= 1.5
+    assert verdicts(old, new) == {"row": "same"}
+    worse = one(180)
+    worse["rows"][0]["times"]["naive"]["p80_us"] *= 1.5
+    assert verdicts(old, worse) == {"row": "slower"}
+
+
 def test_ours_on_another_backend_is_no_control():
     old = result(row={"fused": times(100), "fused triton": times(100), "naive": times(200)})
     new = result(row={"fused": times(150), "fused triton": times(150), "naive": times(200)})
