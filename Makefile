@@ -7,7 +7,7 @@ SOURCES := $(shell find csrc _build -name '*.cpp' -o -name '*.cu' -o -name '*.h'
 CXX_FILES = $(shell find csrc tests -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.cuh')
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: help install test builds bench browser lint format gpu sanitize sanitize-cuda clean
+.PHONY: help install test builds bench browser fuzz lint format gpu sanitize sanitize-cuda clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */\1\t/' | expand -t 16
@@ -27,6 +27,9 @@ browser: $(VENV)/.native  ## what the test of the page of attention heads needs:
 	$(RUN) -m pip install $(PIP_QUIET) -c constraints.txt "playwright>=1.50"
 	$(RUN) -c 'import sys; from tests.browser import program; sys.exit(program() is None)' \
 	  || apt-get install --yes chromium || $(RUN) -m playwright install chromium
+
+fuzz: $(VENV)/.native  ## random calls of every op on the CPU, for half an hour (ARGS="--minutes 5 --backend triton" ...)
+	$(RUN) -m tests.fuzz $(ARGS)
 
 lint: $(VENV)/.tools  ## style, format and types
 	$(VENV)/bin/ruff check .

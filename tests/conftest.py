@@ -37,6 +37,7 @@ if not torch.cuda.is_available():
 def pytest_configure(config):
     config.addinivalue_line("markers", "gpu: runs on a CUDA device")
     config.addinivalue_line("markers", "slow: takes more than about ten seconds")
+    config.addinivalue_line("markers", "fuzz: random calls; python -m tests.fuzz draws them for as long as one wants")
     config.addinivalue_line("markers", "emulated: runs CUDA kernels on the CPU")
     workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
     # Two threads even on a large machine: enough to go through the parallel code, and tests are small.

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fused_transformer.kernels import _native
 from fused_transformer.kernels.cross_entropy import op as cross_entropy
+from fused_transformer.kernels.linear_cross_entropy.operands import operand
 
 _C = _native.library()
 
@@ -27,10 +28,10 @@ def refuses(hidden, weight, *_args) -> str | None:
 
 
 def forward(hidden, weight, bias, targets, dtype, *rest):
-    weight, bias = _cast(weight, dtype), _cast(bias, dtype)
+    weight, bias = operand(weight, dtype), operand(bias, dtype)
     losses = hidden.new_empty(len(hidden), dtype=torch.float32)
     for part, logits in _chunks(hidden, weight, dtype, 0):
-        _product(_cast(hidden[part], dtype), weight, bias, logits)
+        _product(operand(hidden[part], dtype), weight, bias, logits)
         losses[part] = _losses_of(logits, targets[part], rest).forward(logits, targets[part], *rest)[0]
     return losses
 
@@ -38,13 +39,13 @@ def forward(hidden, weight, bias, targets, dtype, *rest):
 def backward(dlosses, hidden, weight, bias, targets, dtype, *rest_and_wanted):
     """The losses, and the gradients of hidden, weight and bias where wanted, of any dtype."""
     *rest, wanted = rest_and_wanted
-    weight, bias = _cast(weight, dtype), _cast(bias, dtype)
+    weight, bias = operand(weight, dtype), operand(bias, dtype)
     losses = hidden.new_empty(len(hidden), dtype=torch.float32)
     dhidden = hidden.new_empty(hidden.shape, dtype=dtype) if wanted[0] else None
     dweight = _Sum() if wanted[1] else None
     dbias = weight.new_zeros(len(weight), dtype=torch.float32) if wanted[2] else None
     for part, logits in _chunks(hidden, weight, dtype, 4 * weight.shape[1] // dtype.itemsize):
-        rows = _cast(hidden[part], dtype)
+        rows = operand(hidden[part], dtype)
         _product(rows, weight, bias, logits)
         kernel = _losses_of(logits, targets[part], rest)
         losses[part], *statistics = kernel.forward(logits, targets[part], *rest)
@@ -99,7 +100,3 @@ def _product(rows: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> 
 
 def _losses_of(logits: Tensor, targets: Tensor, rest):
     return cross_entropy.pick(logits, targets, *rest)
-
-
-def _cast(x: Tensor | None, dtype: torch.dtype):
-    return x if x is None else x.to(dtype)

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from fused_transformer.kernels.cross_entropy import op as cross_entropy
+from fused_transformer.kernels.linear_cross_entropy.operands import operand
 
 
 def refuses(*_args) -> None:
@@ -17,14 +18,14 @@ def refuses(*_args) -> None:
 
 
 def forward(hidden, weight, bias, targets, dtype, *rest):
-    logits = _logits(*_cast(dtype, hidden, weight, bias))
+    logits = _logits(*(operand(x, dtype) for x in (hidden, weight, bias)))
     return cross_entropy.pick(logits, targets, *rest).forward(logits, targets, *rest)[0]
 
 
 def backward(dlosses, hidden, weight, bias, targets, dtype, *rest_and_wanted):
     """The losses, and the gradients of hidden, weight and bias where wanted."""
     *rest, wanted = rest_and_wanted
-    hidden, weight, bias = _cast(dtype, hidden, weight, bias)
+    hidden, weight, bias = (operand(x, dtype) for x in (hidden, weight, bias))
     logits = _logits(hidden, weight, bias)
     losses_of = cross_entropy.pick(logits, targets, *rest)
     losses, *statistics = losses_of.forward(logits, targets, *rest)
@@ -33,10 +34,6 @@ def backward(dlosses, hidden, weight, bias, targets, dtype, *rest_and_wanted):
     dweight = dlogits.t() @ hidden if wanted[1] else None
     dbias = dlogits.sum(0, dtype=torch.promote_types(dtype, torch.float32)) if wanted[2] else None
     return losses, dhidden, dweight, dbias
-
-
-def _cast(dtype, *tensors):
-    return (x if x is None else x.to(dtype) for x in tensors)
 
 
 def _logits(hidden, weight, bias):

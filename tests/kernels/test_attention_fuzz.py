@@ -1,16 +1,14 @@
-"""Random combinations of every option of attention; a failure prints the one call that repeats it."""
+"""Random combinations of every option of attention; see tests/fuzz.py."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fused_transformer.kernels import attention_with_lse, use_backend
+from fused_transformer.kernels import attention_with_lse
 from fused_transformer.kernels.attention import op
-from tests.inputs import running_on
-from tests.oracle import assert_matches, in_float64, run_with_gradients
+from tests import fuzz
 
 BACKENDS = [name for name in op.order if name != "reference"]
 
@@ -60,36 +58,16 @@ def make(call: dict, device: str = "cpu") -> tuple[dict, dict]:
     return tensors, options
 
 
-def _loosened(naive: dict, exact: dict) -> dict:
-    """naive, its gradients moved by 4 eps of the largest number of the call.
-
-    Random calls hold queries that see one key only: then dS = P (dP - delta) is 0 in exact arithmetic, and what is left
-    is the rounding of dP and delta, which has nothing to do with the size of the gradient.
-    """
-    largest = max(float(x.abs().nan_to_num(0, 0, 0).max()) if x.numel() else 0.0 for x in exact.values())
-    return {
-        name: x + 4 * torch.finfo(x.dtype).eps * largest if name.startswith("d") else x for name, x in naive.items()
-    }
-
-
+@fuzz.fuzz
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_any_call_matches_the_reference(backend, device):
     if isinstance(op.module(backend), str):
         pytest.skip(f"attention, {backend}: {op.module(backend)}")
 
-    # Triton's interpreter takes a second where a kernel takes a millisecond.
-    @settings(
-        max_examples=20 if backend == "triton" else 40, deadline=None, derandomize=True, database=None, print_blob=False
-    )
-    @given(calls)
     def check(call):
         tensors, options = make(call, device)
-        dtype = tensors["q"].dtype
-        with running_on(backend):
-            got = run_with_gradients(attention_with_lse, tensors, **options)
-        with use_backend("reference"):
-            exact = run_with_gradients(attention_with_lse, in_float64(tensors), rounded_to=dtype, **options)
-            naive = run_with_gradients(attention_with_lse, tensors, **options)
-        assert_matches(got, exact, _loosened(naive, exact), factor=3.0, ulps=4.0)
+        fuzz.assert_call_matches(attention_with_lse, backend, tensors, **options)
 
-    check()
+    fuzz.run(
+        calls, check, 20 if backend == "triton" else 40
+    )  # its interpreter takes a second for a kernel's millisecond

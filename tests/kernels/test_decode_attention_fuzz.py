@@ -1,13 +1,13 @@
-"""Random combinations of every option of decode_attention; a failure prints the one call that repeats it."""
+"""Random combinations of every option of decode_attention; see tests/fuzz.py."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fused_transformer.kernels.decode_attention import op
+from tests import fuzz
 from tests.kernels.decode_attention_cases import BACKENDS, assert_right
 
 calls = st.fixed_dictionaries(
@@ -53,6 +53,7 @@ def make(call: dict, device: str = "cpu") -> tuple[dict, dict]:
     return tensors, options
 
 
+@fuzz.fuzz
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_any_call_matches_the_reference(backend, device):
     if isinstance(op.module(backend), str):
@@ -60,10 +61,8 @@ def test_any_call_matches_the_reference(backend, device):
 
     examples = 100 if backend == "cpu" else 25  # Triton's interpreter and the CUDA emulator take seconds each
 
-    @settings(max_examples=examples, deadline=None, derandomize=True, database=None, print_blob=False)
-    @given(calls)
     def check(call):
         tensors, options = make(call, device)
         assert_right(backend, tensors, **options)
 
-    check()
+    fuzz.run(calls, check, examples)

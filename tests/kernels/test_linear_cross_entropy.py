@@ -116,6 +116,16 @@ def test_any_strides(dtype, layout):
     assert_backend_matches(linear_cross_entropy, "cpu", tensors)
 
 
+@pytest.mark.parametrize("bias", [True, False])
+def test_nan_between_rows_stays_there(bias, monkeypatch):
+    """As it does not in torch.mm, from so many rows on, on a processor with AMX."""
+    monkeypatch.setattr(op.module("cpu"), "CHUNK_BYTES", 2**24)
+    tensors = make(33, 5, 64, torch.bfloat16, bias=bias)
+    tensors |= {name: LAYOUTS["strided"](tensors[name]) for name in ("hidden", "weight")}
+    got = assert_backend_matches(linear_cross_entropy, "cpu", tensors)
+    assert all(x.isfinite().all() for x in got.values())
+
+
 @pytest.mark.parametrize("shape", [(), (1,), (2, 3), (2, 0), (3, 1, 4)])
 @pytest.mark.parametrize("reduction", ["none", "sum"])
 @pytest.mark.parametrize("backend", BACKENDS)
