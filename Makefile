@@ -7,7 +7,7 @@ SOURCES := $(shell find csrc _build -name '*.cpp' -o -name '*.cu' -o -name '*.h'
 CXX_FILES = $(shell find csrc tests -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.cuh')
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: help install test builds bench browser fuzz lint format gpu sanitize sanitize-cuda clean
+.PHONY: help install test builds bench browser fuzz soak lint format gpu sanitize sanitize-cuda clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */\1\t/' | expand -t 16
@@ -30,6 +30,9 @@ browser: $(VENV)/.native  ## what the test of the page of attention heads needs:
 
 fuzz: $(VENV)/.native  ## random calls of every op on the CPU, for half an hour (ARGS="--minutes 5 --backend triton" ...)
 	$(RUN) -m tests.fuzz $(ARGS)
+
+soak: $(VENV)/.native  ## 10,000 training steps of a tiny model, whose memory must not grow
+	$(RUN) -m tests.soak $(ARGS)
 
 lint: $(VENV)/.tools  ## style, format and types
 	$(VENV)/bin/ruff check .
