@@ -70,14 +70,15 @@ def _test() -> str:
 
 
 def loosened(naive: dict[str, Tensor], exact: dict[str, Tensor]) -> dict[str, Tensor]:
-    """naive, its gradients moved by 4 eps of the largest number of the call.
+    """naive, its gradients moved by 16 eps of the largest number of the call.
 
     Random calls hold gradients that cancel: a query that sees one key has dS = P (dP - delta) = 0 in exact arithmetic,
-    and what is left is the rounding of dP and delta, which has nothing to do with the size of the gradient.
+    and what is left is the rounding of dP and delta, summed over the queries for a bias, which has nothing to do with
+    the size of the gradient.
     """
     largest = max(float(x.abs().nan_to_num(0, 0, 0).max()) if x.numel() else 0.0 for x in exact.values())
     return {
-        name: x + 4 * torch.finfo(x.dtype).eps * largest if name.startswith("d") else x for name, x in naive.items()
+        name: x + 16 * torch.finfo(x.dtype).eps * largest if name.startswith("d") else x for name, x in naive.items()
     }
 
 
