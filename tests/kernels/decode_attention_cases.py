@@ -78,12 +78,19 @@ def run(backend: str, tensors: dict[str, Tensor], **options) -> tuple[Tensor, Te
         return decode_attention_with_lse(**tensors, **options)
 
 
-def assert_right(backend: str, tensors: dict[str, Tensor], **options) -> tuple[Tensor, Tensor]:
-    """The oracle of tests/oracle.py for an op without gradients; returns what the backend gave."""
+def assert_right(
+    backend: str, tensors: dict[str, Tensor], *, any_call: bool = False, **options
+) -> tuple[Tensor, Tensor]:
+    """The oracle of tests/oracle.py for an op without gradients; returns what the backend gave.
+
+    any_call: leave an lse room for the logarithm's rounding, where it comes out small because its parts cancel.
+    """
     got = run(backend, tensors, **options)
     with torch.no_grad(), use_backend("reference"):
         exact = decode_attention_with_lse(**in_float64(tensors), **options)
         naive = decode_attention_with_lse(**tensors, **options)
+    if any_call:
+        naive = naive[0], naive[1] + 2.0**-23
     assert_matches(got, exact, naive)
     return got
 
