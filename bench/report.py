@@ -242,7 +242,7 @@ def main(arguments: list[str] | None = None) -> None:
         update_readme(options.readme, "\n\n".join(sections))
     if options.results or options.print:
         return
-    for name, section in {**report_decoding.SECTIONS, "training": report_training.of_training}.items():
+    for name, section in {**report_decoding.SECTIONS, **report_training.SECTIONS}.items():
         files = newest(ROOT / "bench" / "results" / name)
         if files:
             marks = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"

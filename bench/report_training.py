@@ -43,3 +43,27 @@ def _part(row: dict, part: str) -> str:
     whole, own = sum(row["parts"].values()), row["parts"][part]
     least = f" ({row['limits'][part] / 1e3:.1f})" if part in row["limits"] else ""
     return f"{own / 1e3:.1f} ms{least}, {own / whole:.0%}"
+
+
+def of_quality(result: dict) -> str:
+    """A row for each trained model: what it is, how it was trained, and its BLEU."""
+    rows = result["rows"]
+    first = next(iter(rows.values()))
+    lines = [
+        f"BLEU on {result['source']} ({result['sentences']} sentences, beam {result['beam_size']}), trained on "
+        f"{result['machine']['processor']}, {result['date']} (`python -m bench.quality`): `{first['signature']}`, "
+        f"and in lower case `{first['signature_lower_cased']}`.",
+        "",
+        "| layers | parameters | steps | averaged | target tokens a second | BLEU | in lower case |",
+        "|---|--:|--:|--:|--:|--:|--:|",
+    ]
+    for name, row in rows.items():
+        lines.append(
+            f"| {name} | {row['parameters'] / 1e6:.1f} million | {row['steps']} | {row['averaged']} | "
+            f"{row['tokens_per_second']:,} | **{row['bleu']:.2f}** | {row['bleu_lower_cased']:.2f} |"
+        )
+    return "\n".join(lines)
+
+
+# By the folder of bench/results, which names README's marks too.
+SECTIONS = {"training": of_training, "quality": of_quality}

@@ -1,0 +1,47 @@
+"""bench.quality: a table of what was trained, from the runs' own files."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from bench import quality, report_training
+from bench.report import ROOT, newest
+from fused_transformer import cli_train
+
+
+def test_a_run_becomes_a_row(tmp_path, capsys):
+    (tmp_path / "en").write_text("One two three\nfour Five\nsix\n" * 5)
+    (tmp_path / "fr").write_text("Un deux trois\nquatre Cinq\nsix\n" * 5)
+    files = ["--source", str(tmp_path / "en"), "--target", str(tmp_path / "fr"), "--output", str(tmp_path / "run")]
+    options = ["--preset", "tiny", "--vocab-size", "300", "--threads", "1", "--steps", "3", "--log-every", "1"]
+    assert cli_train.main([*files, *options]) == 0
+    test = ["--source", str(tmp_path / "en"), "--reference", str(tmp_path / "fr"), "--threads", "1"]
+    output = tmp_path / "quality.json"
+    assert quality.main([f"ours={tmp_path / 'run'}", *test, "--beam-size", "2", "--output", str(output)]) == 0
+    result = json.loads(output.read_text())
+    row = result["rows"]["ours"]
+    assert row["steps"] == 3 and row["tokens_per_second"] > 0 and row["settings"]["vocab_size"] == 300
+    assert 0 <= row["bleu"] <= 100 and "case:mixed" in row["signature"] and "case:lc" in row["signature_lower_cased"]
+    assert report_training.of_quality(result) in capsys.readouterr().out
+
+
+def test_case_alone_makes_no_difference_in_lower_case():
+    words = ["un deux trois quatre cinq six"]
+    assert quality.lower_cased([words[0].upper()], words)[0] == pytest.approx(100.0)
+    assert quality.bleu([words[0].upper()], words).score < 1.0
+
+
+@pytest.mark.parametrize("lines", ["", '{"kind": "validation", "step": 1}\n'])
+def test_a_log_without_steps(tmp_path, lines):
+    (tmp_path / "log.jsonl").write_text(lines)
+    with pytest.raises(ValueError, match="holds no step"):
+        quality.logged(tmp_path)
+
+
+def test_readme_shows_the_committed_result():
+    files = newest(ROOT / "bench" / "results" / "quality")
+    if not files:
+        pytest.skip("no result is committed")
+    assert report_training.of_quality(json.loads(files[-1].read_text())) in (ROOT / "README.md").read_text()
