@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 
 from bench.timing import context_of
-from fused_transformer.kernels._dispatch import Op
+from fused_transformer.kernels import observe
 from tests.oracle import assert_matches
 
 
@@ -33,9 +33,10 @@ def forward_backward(function: Callable) -> Callable:
 def agree(implementations: dict, args: tuple, exact, check, ours: str, refused: dict[str, str]) -> set[str]:
     """Every implementation gives the right result, or is taken out with its reason. The backends `ours` ran on."""
     results, backends = {}, set()
+    seen = {ours: lambda _op, backend, _args: backends.add(backend)}
     for label, implementation in list(implementations.items()):
         try:
-            with context_of(implementation), _backends_seen(backends if label == ours else set()):
+            with context_of(implementation), observe(seen.get(label, _nobody)):
                 results[label] = detached(implementation(*args))
         except RuntimeError as refusal:
             if label in (ours, "naive"):
@@ -60,22 +61,8 @@ def agree(implementations: dict, args: tuple, exact, check, ours: str, refused: 
     return backends
 
 
-class _backends_seen:
-    """Collects the names of the backends that ops pick inside the block."""
-
-    def __init__(self, seen: set[str]):
-        self.seen, self.pick = seen, Op.pick
-
-    def __enter__(self):
-        def pick(op, *args):
-            backend = self.pick(op, *args)
-            self.seen.add(backend.__name__.rpartition(".")[2])
-            return backend
-
-        Op.pick = pick
-
-    def __exit__(self, *_):
-        Op.pick = self.pick
+def _nobody(*_) -> None:
+    """An observer of ops that looks away."""
 
 
 def detached(results):
