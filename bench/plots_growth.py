@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import cycle
 
 from bench.drawing import LINES, OURS, OURS_TOO, bare, patch, subplots
 from bench.report_growth import plain
@@ -68,7 +69,7 @@ def memory(results: dict):
         return None
     labels = list(dict.fromkeys(label for entry in held for label in entry["peak_bytes"]))
     labels.sort(key=lambda label: label.partition(" ")[0] != "fused")
-    palette = iter(LINES)
+    palette = cycle(LINES)  # of many alternatives two share a colour; the numbers beside the bars are what is read
     colours = {label: OURS if label == "fused" else OURS_TOO if label.startswith("fused ") else next(palette)
                for label in labels}  # fmt: skip
     figure, axes = subplots(figsize=(8.5, 1.0 + 0.16 * sum(len(entry["peak_bytes"]) + 1 for entry in held)))
