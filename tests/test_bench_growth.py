@@ -135,6 +135,16 @@ def test_pictures_and_page(tmp_path):
     ElementTree.fromstring(text)  # every tag is closed, every sign that must be is escaped
 
 
+def test_there_may_be_more_alternatives_than_colours(tmp_path):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    results = make_results()
+    for number in range(20):
+        results["memory"][0]["peak_bytes"][f"alternative {number}"] = 10**6 + number
+        results["rows"][0]["times"][f"alternative {number}"] = times(100.0 + number)
+    plots.write(results, tmp_path / "x.json")
+    assert "alternative 19" in (tmp_path / "x_memory.svg").read_text()
+
+
 def test_pictures_of_nothing_are_left_out(tmp_path):
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
     results = make_results() | {"curves": [], "memory": []}
