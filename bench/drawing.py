@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 OURS, OURS_TOO, LOST, OTHER = "#2a7f62", "#7fb8a0", "#b5483b", "#9aa5b1"
-LINES = ("#4a6fa5", "#c98b2b", "#8a5a9e", "#6b7280", "#b5483b")
+LINES = ("#4a6fa5", "#c98b2b", "#8a5a9e", "#6b7280", "#b5483b", "#c76fa3")
 
 
 def subplots(*args, **options):
