@@ -21,7 +21,6 @@ from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from datetime import date
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -154,7 +153,7 @@ def measure(name: str, mix: Mix, shape: shapes.Model, threads: int, compile: boo
         "torch.nn": stepper(models["torch.nn"], torchs_loss, batch),
     }
     if compile:
-        compiled = torch.compile(partial(torchs_loss), dynamic=False)
+        compiled = torch.compile(torchs_loss, dynamic=False)
         steps["torch.nn compiled"] = stepper(deepcopy(models["torch.nn"]), compiled, batch)
         for _ in range(2):
             steps["torch.nn compiled"]()

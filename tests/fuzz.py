@@ -22,9 +22,7 @@ from hypothesis import HealthCheck, given, seed, settings
 from hypothesis.strategies import SearchStrategy
 from torch import Tensor
 
-from fused_transformer.kernels import use_backend
-from tests.inputs import running_on
-from tests.oracle import assert_matches, in_float64, run_with_gradients
+from tests.oracle import assert_backend_matches, assert_matches
 
 SECONDS, SEED = "FUSED_TRANSFORMER_FUZZ_SECONDS", "FUSED_TRANSFORMER_FUZZ_SEED"
 ROUND = 50  # calls that are drawn from one seed
@@ -84,13 +82,11 @@ def loosened(naive: dict[str, Tensor], exact: dict[str, Tensor]) -> dict[str, Te
 
 def assert_call_matches(function: Callable, backend: str, tensors: dict, **options) -> None:
     """The oracle of one random call: outputs and gradients, a little looser than for a call that somebody chose."""
-    dtype = next(x.dtype for x in tensors.values() if isinstance(x, Tensor) and x.is_floating_point())
-    with running_on(backend):
-        got = run_with_gradients(function, tensors, rounded_to=dtype, **options)
-    with use_backend("reference"):
-        exact = run_with_gradients(function, in_float64(tensors), rounded_to=dtype, **options)
-        naive = run_with_gradients(function, tensors, rounded_to=dtype, **options)
-    assert_matches(got, exact, loosened(naive, exact), factor=3.0, ulps=4.0)
+
+    def judge(got, exact, naive):
+        assert_matches(got, exact, loosened(naive, exact), factor=3.0, ulps=4.0)
+
+    assert_backend_matches(function, backend, tensors, judge=judge, **options)
 
 
 def main(arguments: list[str] | None = None) -> int:

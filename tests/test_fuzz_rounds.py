@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from hypothesis import strategies as st
 
@@ -42,8 +44,6 @@ def test_a_failure_says_how_to_repeat_it(monkeypatch, capsys):
 
 
 def test_there_is_a_random_test_of_every_op():
-    from pathlib import Path
-
     kernels = Path(__file__).parents[1] / "kernels"
     ops = {path.parent.name for path in kernels.glob("*/reference.py")} - {"decoder_step"}  # it is linear and the rest
     here = Path(__file__).parent / "kernels"

@@ -69,7 +69,7 @@ FT_INLINE void block(const Linear& args, const float* weights, int64_t m, int64_
       else
         store(chunk.partial + (r * kVectors + j) * kWidth, sums[r][j]);
     }
-  chunk.partial += R * kBlock;
+  if (chunk.end - chunk.begin != args.weight->K) chunk.partial += R * kBlock;
 }
 
 template <int R>
