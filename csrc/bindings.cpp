@@ -3,7 +3,10 @@
 #include <omp.h>
 #include <pybind11/pybind11.h>
 
+#include <memory>
+
 #include "common/isa.h"
+#include "common/pages.h"
 
 namespace py = pybind11;
 
@@ -20,6 +23,16 @@ void register_linear(py::module_& m);
 void register_log_softmax_top_k(py::module_& m);
 }  // namespace fused
 
+namespace {
+
+// Memory that a tensor is laid over, by the buffer protocol.
+struct Pages {
+  std::shared_ptr<void> memory;
+  int64_t bytes;
+};
+
+}  // namespace
+
 #ifndef FT_CUDA_ARCHS
 #define FT_CUDA_ARCHS ""
 #endif
@@ -29,6 +42,11 @@ PYBIND11_MODULE(_C, m) {
   m.attr("cuda_archs") = FT_CUDA_ARCHS;  // "" where this build has no CUDA
   m.def("isa", &fused::cpu::isa_name, "The instruction set the CPU kernels run with.");
   m.def("cpu_threads", &omp_get_max_threads, "The number of OpenMP threads a kernel may use.");
+  py::class_<Pages>(m, "Pages", py::buffer_protocol(), "Memory on large pages that others have used before.")
+      .def(py::init([](int64_t bytes) { return Pages{fused::cpu::reused_pages(size_t(bytes)), bytes}; }))
+      .def_buffer([](Pages& pages) {
+        return py::buffer_info(static_cast<uint8_t*>(pages.memory.get()), py::ssize_t(pages.bytes));
+      });
   fused::register_attention(m);
   fused::register_bias_act(m);
   fused::register_cross_entropy(m);

@@ -13,7 +13,7 @@ from fused_transformer.config import TransformerConfig
 from fused_transformer.embedding import TokenEmbedding
 from fused_transformer.incremental import DecoderState, new_state
 from fused_transformer.kernels import attention, layer_norm
-from fused_transformer.kernels.decode_attention import new_cache
+from fused_transformer.kernels._memory import empty_pages
 from fused_transformer.kernels.decoder_step import Norm, PackedDecoder, PackedLayer, decoder_step
 from fused_transformer.kernels.linear import WEIGHTS, PackedLinear, linear
 from fused_transformer.layers import DecoderLayer, EncoderLayer
@@ -135,7 +135,7 @@ class PackedTransformer:
         packing = packing_if_worth_it(memory_lengths, memory)
         rows = memory.flatten(0, 1) if packing is None else packing.pack(memory)
         (batch, length), heads, layers = memory.shape[:2], self._heads, len(self._memory)
-        projected = new_cache(layers, 2, batch, heads, length, memory.shape[2] // heads, like=memory)
+        projected = empty_pages(layers, 2, batch, heads, length, memory.shape[2] // heads, like=memory)
         for layer, both in zip(self._memory, projected, strict=True):
             y = linear(rows, layer)
             y = y.view(batch, length, -1) if packing is None else packing.unpack(y)

@@ -2,6 +2,8 @@
 
 #include <sys/mman.h>
 
+#include <algorithm>
+#include <map>
 #include <mutex>
 #include <new>
 
@@ -31,12 +33,63 @@ struct Mapping {
   ~Mapping() { munmap(address, bytes); }
 };
 
+// Mappings that wait for their next user, by size.
+class Waiting {
+ public:
+  Mapping* take(size_t bytes) {
+    const size_t size = with_slack(bytes);
+    const std::lock_guard<std::mutex> lock(mutex_);
+    auto found = mappings_.lower_bound(size);
+    Mapping* mapping = nullptr;
+    if (found != mappings_.end() && found->first <= size + size / 2) {  // a larger one is for a larger request
+      mapping = found->second;
+      waiting_ -= found->first;
+      mappings_.erase(found);
+    }
+    if (!mapping) {
+      while (!mappings_.empty() && used_ + waiting_ + size > most_) drop_largest();
+      mapping = new Mapping(size);
+    }
+    used_ += mapping->bytes;
+    most_ = std::max(most_, used_);
+    return mapping;
+  }
+
+  void give_back(Mapping* mapping) noexcept {
+    // Advice again: taken back or not, the memory can be written to.
+    madvise(mapping->address, mapping->bytes, MADV_FREE);
+    const std::lock_guard<std::mutex> lock(mutex_);
+    used_ -= mapping->bytes;
+    waiting_ += mapping->bytes;
+    mappings_.emplace(mapping->bytes, mapping);
+  }
+
+ private:
+  // A quarter more at most, so that batches of about a size share their memory. What is not touched takes none.
+  static size_t with_slack(size_t bytes) {
+    size_t step = kPage;
+    while (step * 8 <= bytes) step *= 2;
+    return rounded(bytes, step);
+  }
+
+  void drop_largest() {
+    const auto last = std::prev(mappings_.end());
+    waiting_ -= last->first;
+    delete last->second;
+    mappings_.erase(last);
+  }
+
+  std::mutex mutex_;
+  std::multimap<size_t, Mapping*> mappings_;
+  size_t used_ = 0, waiting_ = 0, most_ = 0;
+};
+
 }  // namespace
 
-void advise_pages(void* address, size_t bytes) {
-  const auto begin = rounded(reinterpret_cast<uintptr_t>(address), kPage);
-  const auto end = (reinterpret_cast<uintptr_t>(address) + bytes) / kPage * kPage;
-  if (end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+std::shared_ptr<void> reused_pages(size_t bytes) {
+  static Waiting& waiting = *new Waiting;  // never destroyed: tensors may outlive what is static
+  Mapping* const mapping = waiting.take(bytes == 0 ? 1 : bytes);
+  return std::shared_ptr<void>(mapping->address, [mapping](void*) { waiting.give_back(mapping); });
 }
 
 std::shared_ptr<void> allocate_pages(size_t bytes) {

@@ -5,7 +5,6 @@
 
 #include <array>
 
-#include "../common/pages.h"
 #include "decode_attention.h"
 
 namespace py = pybind11;
@@ -41,8 +40,6 @@ DecodeAttention arguments(const std::array<int64_t, 7>& sizes, int dtype, const 
 
 void register_decode_attention(py::module_& m) {
   using release = py::call_guard<py::gil_scoped_release>;
-  m.def("advise_pages",
-        [](uintptr_t address, size_t bytes) { cpu::advise_pages(reinterpret_cast<void*>(address), bytes); });
   m.def("decode_attention_partial", &cpu::decode_attention_partial,
         "Floats of working memory for sizes B, H, L, C and D.");
   m.def(

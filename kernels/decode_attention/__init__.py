@@ -9,7 +9,6 @@ from fused_transformer.kernels._autocast import in_dtype_of
 from fused_transformer.kernels._compile import routed
 from fused_transformer.kernels._dispatch import Op
 from fused_transformer.kernels.decode_attention import compiled
-from fused_transformer.kernels.decode_attention.cache import new_cache as new_cache
 from fused_transformer.kernels.decode_attention.checks import check_no_gradient, checked
 
 op = Op(__name__, order=("cuda", "triton", "cpu", "reference"))

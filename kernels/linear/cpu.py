@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fused_transformer.kernels import _native
+from fused_transformer.kernels._memory import empty_pages
 from fused_transformer.kernels.linear.checks import ACTIVATIONS
 
 _C = _native.library()
@@ -20,8 +21,8 @@ def refuses(_x, layer, _activation, _residual) -> str | None:
 
 def forward(x: Tensor, layer, activation: str, residual: Tensor | None, multiplier: str = "best") -> Tensor:
     rows = x.shape[0]
-    y = x.new_empty((rows, layer.out_features))
-    scratch = torch.empty(_C.linear_scratch(layer.native, rows) + 63, dtype=torch.uint8)
+    y = empty_pages(rows, layer.out_features, like=x)
+    scratch = x.new_empty(_C.linear_scratch(layer.native, rows) + 63, dtype=torch.uint8)
     _C.linear(
         layer.native,
         rows,

@@ -66,7 +66,7 @@ def test_any_call_matches_the_reference(backend, device):
 
     def check(call):
         tensors, options = make(call, device)
-        fuzz.assert_call_matches(attention_with_lse, backend, tensors, **options)
+        fuzz.assert_call_matches(attention_with_lse, backend, tensors, logarithm="out1", **options)
 
     fuzz.run(
         calls, check, 20 if backend == "triton" else 40
