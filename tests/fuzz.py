@@ -91,7 +91,7 @@ def loosened(naive: dict[str, Tensor], exact: dict[str, Tensor]) -> dict[str, Te
 def assert_call_matches(
     function: Callable, backend: str, tensors: dict, *, logarithm: str | None = None, **options
 ) -> None:
-    """The oracle of one random call: outputs and gradients. logarithm: which of its results is a log-sum-exp or loss."""
+    """The oracle of one random call: outputs and gradients. logarithm: the result that is a loss or an lse."""
     floats = [x for x in tensors.values() if x is not None and x.is_floating_point() and x.numel()]
     parts = max([1.0, *(float(x.detach().abs().max()) for x in floats)])
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
@@ -13,10 +12,8 @@ from fused_transformer.kernels import attention, attention_weights, attention_wi
 from fused_transformer.kernels.attention import self_attention
 from fused_transformer.masks import MultiheadAttentionError, attention_masks, check_inputs, check_masks
 from fused_transformer.nested import forward_nested
-
-
-def _no_op(module: nn.Module, args: tuple) -> None:
-    """See `forbid_bypass`."""
+from fused_transformer.plain import has_pre_hooks, no_op
+from fused_transformer.products import applied, linear
 
 
 def forbid_bypass(module: nn.MultiheadAttention) -> None:
@@ -24,20 +21,14 @@ def forbid_bypass(module: nn.MultiheadAttention) -> None:
 
     In eval mode nn.TransformerEncoderLayer would read self_attn's weights instead and never call it.
     """
-    if _no_op not in module._forward_pre_hooks.values():
-        module.register_forward_pre_hook(_no_op)
+    if no_op not in module._forward_pre_hooks.values():
+        module.register_forward_pre_hook(no_op)
 
 
 def allow_bypass(module: nn.MultiheadAttention) -> None:
     """Undo `forbid_bypass`."""
-    for key in [key for key, hook in module._forward_pre_hooks.items() if hook is _no_op]:
+    for key in [key for key, hook in module._forward_pre_hooks.items() if hook is no_op]:
         del module._forward_pre_hooks[key]
-
-
-def has_pre_hooks(module: nn.Module) -> bool:
-    """Whether `module` has forward pre-hooks other than that one."""
-    hooks = module._forward_pre_hooks
-    return bool(hooks) and [*hooks.values()] != [_no_op]
 
 
 class MultiheadAttention(nn.MultiheadAttention):
@@ -135,14 +126,14 @@ class MultiheadAttention(nn.MultiheadAttention):
         unmasked = key_padding_mask is attn_mask is key_lengths is q_offsets is k_offsets is None
         if unmasked and query is key is value and (projection := self._plain_projection(query)) is not None:
             heads, weights = self_attention(
-                F.linear(query, *projection),
+                linear(query, *projection),
                 self.num_heads,
                 causal=is_causal,
                 weights=("mean" if average_attn_weights else "each") if need_weights else None,
                 batch_first=self.batch_first,
                 dropout_p=self.dropout if self.training else 0.0,
             )
-            return self.out_proj(heads), weights
+            return applied(self.out_proj, heads), weights
         if query.is_nested or key.is_nested or value.is_nested:
             return forward_nested(
                 self,
@@ -205,7 +196,7 @@ class MultiheadAttention(nn.MultiheadAttention):
             bias: Tensor | None = self.in_proj_bias
             if bias is not None and bias.dtype != weight.dtype:
                 bias = bias.to(weight.dtype)
-            x = F.linear(query, weight, bias).view(*query.shape[:-1], 3, self.num_heads, self.head_dim)
+            x = linear(query, weight, bias).view(*query.shape[:-1], 3, self.num_heads, self.head_dim)
             if x.dim() == 4:
                 q, k, v = x[None].permute(2, 0, 3, 1, 4).unbind(0)
             else:
@@ -215,23 +206,23 @@ class MultiheadAttention(nn.MultiheadAttention):
 
     def project_query(self, query: Tensor) -> Tensor:
         """The heads' queries, (N, H, L, D)."""
-        return self._split_heads(F.linear(query, *self._in_projection("q", 0, 1)))
+        return self._split_heads(linear(query, *self._in_projection("q", 0, 1)))
 
     def project_keys(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """The heads' keys and values, (N, H, S, D) each."""
         if key is value and self._qkv_same_embed_dim:
-            k, v = F.linear(key, *self._in_projection("kv", 1, 2)).chunk(2, dim=-1)
+            k, v = linear(key, *self._in_projection("kv", 1, 2)).chunk(2, dim=-1)
         else:
-            k = F.linear(key, *self._in_projection("k", 1, 1))
-            v = F.linear(value, *self._in_projection("v", 2, 1))
+            k = linear(key, *self._in_projection("k", 1, 1))
+            v = linear(value, *self._in_projection("v", 2, 1))
         return self._split_heads(k), self._split_heads(v)
 
     def merge(self, heads: Tensor, batched: bool = True) -> Tensor:
         """(N, H, L, D) to what `forward` returns: the heads side by side, through out_proj."""
         if not batched:
-            return self.out_proj(heads[0].transpose(0, 1).flatten(1))
+            return applied(self.out_proj, heads[0].transpose(0, 1).flatten(1))
         heads = heads.transpose(1, 2) if self.batch_first else heads.permute(2, 0, 1, 3)
-        return self.out_proj(heads.flatten(2))
+        return applied(self.out_proj, heads.flatten(2))
 
     def _in_projection(self, name: str, first: int, count: int) -> tuple[Tensor, Tensor | None]:
         """Weight and bias of q, k, v or kv: `count` of the three matrices from the `first` on."""
@@ -274,4 +265,4 @@ class MultiheadAttention(nn.MultiheadAttention):
         causal: Literal["top_left", False] = "top_left" if is_causal else False
         dropout_p = self.dropout if self.training else 0.0
         heads = attention(q, k, v, q_offsets=q_offsets, k_offsets=k_offsets, causal=causal, dropout_p=dropout_p)
-        return self.out_proj(heads.flatten(1))
+        return applied(self.out_proj, heads.flatten(1))

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from fused_transformer.kernels.bias_act import ACTIVATIONS as FUSED
 from fused_transformer.kernels.bias_act import bias_act, has_kernel
+from fused_transformer.products import applied
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu}
 
@@ -56,13 +57,13 @@ class FeedForward(nn.Module):
                 nn.init.zeros_(linear.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        hidden = self.linear1(x)  # with its bias, which a matrix product adds for nothing
+        hidden = applied(self.linear1, x)  # with its bias, which a matrix product adds for nothing
         dropout_p = self.dropout if self.training else 0.0
         if self.activation in FUSED and has_kernel(hidden, self.activation, dropout_p):
             hidden = bias_act(hidden, activation=self.activation, dropout_p=dropout_p)
         else:
             hidden = F.dropout(ACTIVATIONS[self.activation](hidden), dropout_p, self.training)
-        return self.linear2(hidden)
+        return applied(self.linear2, hidden)
 
     def extra_repr(self) -> str:
         return f"activation={self.activation}, dropout={self.dropout}"

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fused_transformer.kernels import decode_attention
-from fused_transformer.kernels._memory import empty_pages
+from fused_transformer.kernels.memory import empty_pages
 from fused_transformer.layers import DecoderLayer
 
 CAPACITY_STEP = 32  # positions that the cache grows by: it is copied then, and empty room would be memory for nothing

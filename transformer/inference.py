@@ -13,9 +13,9 @@ from fused_transformer.config import TransformerConfig
 from fused_transformer.embedding import TokenEmbedding
 from fused_transformer.incremental import DecoderState, new_state
 from fused_transformer.kernels import attention, layer_norm
-from fused_transformer.kernels._memory import empty_pages
 from fused_transformer.kernels.decoder_step import Norm, PackedDecoder, PackedLayer, decoder_step
 from fused_transformer.kernels.linear import WEIGHTS, PackedLinear, linear
+from fused_transformer.kernels.memory import empty_pages
 from fused_transformer.layers import DecoderLayer, EncoderLayer
 from fused_transformer.masks import real_lengths
 from fused_transformer.model import Transformer

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import torch
 
-from fused_transformer.kernels import BACKENDS, OPS, _native
+from fused_transformer.kernels import BACKENDS, OPS, _native, matmul
 
 GPU_BACKENDS = ("cuda", "triton")
 
@@ -31,6 +31,7 @@ def report() -> str:
         "triton": _version("triton"),
         "machine": _machine(),
         "cpu kernels": _cpu(),
+        "float32 products": "this package's own" if matmul.QUICKER else "torch's",
         "cuda kernels": _cuda(),
         "cuda device": _device(),
         "hopper attention": _hopper_attention(),

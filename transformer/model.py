@@ -16,8 +16,9 @@ from fused_transformer.incremental import DecoderState
 from fused_transformer.layer_running import run_layer
 from fused_transformer.layers import DecoderLayer, EncoderLayer
 from fused_transformer.masks import lengths_if_padded_right, real_lengths
-from fused_transformer.nn.parts import plain
 from fused_transformer.packing import pack_memory, packing_if_worth_it
+from fused_transformer.plain import plain
+from fused_transformer.products import applied, linear
 
 
 class Encoder(nn.Module):
@@ -219,8 +220,8 @@ class Transformer(nn.Module):
     def project(self, hidden: Tensor) -> Tensor:
         """Logits (..., V) of hidden states (..., E)."""
         if self.output_projection is not None:
-            return self.output_projection(hidden)
-        return F.linear(hidden, self._target_table().weight)
+            return applied(self.output_projection, hidden)
+        return linear(hidden, self._target_table().weight)
 
     def output_weights(self) -> tuple[Tensor, Tensor | None] | None:
         """Weight (V, E) and bias of `project`, where it is a linear layer and nothing more: not hooked or replaced."""

@@ -7,6 +7,7 @@
 // of one head that share each block of keys while it is in the first cache.
 
 #include "../common/simd.h"
+#include "../common/transpose.h"
 #include "attention.h"
 #include "scratch.h"
 
@@ -82,38 +83,6 @@ FT_INLINE Tile make_tile(const Attention& args, const Sequence& s, const Tiling&
 }
 
 // ---------------------------------------------------------------- transposition
-
-FT_INLINE Vec shuffle(Vec a, Vec b, IVec from) {
-#if defined(__clang__)
-  Vec out;
-  for (int i = 0; i < kWidth; ++i) out[i] = from[i] < kWidth ? a[from[i]] : b[from[i] - kWidth];
-  return out;
-#else
-  return __builtin_shuffle(a, b, from);
-#endif
-}
-
-// Swaps the off-diagonal halves of every 2 * kHalf square; for all powers of two, that is the transpose.
-template <int kHalf>
-FT_INLINE void transpose_steps(Vec* r) {
-  if constexpr (kHalf >= 1) {
-    IVec upper{}, lower{};
-#pragma GCC unroll 16
-    for (int i = 0; i < kWidth; ++i) {
-      upper[i] = (i & kHalf) ? kWidth + i - kHalf : i;
-      lower[i] = (i & kHalf) ? kWidth + i : i + kHalf;
-    }
-#pragma GCC unroll 16
-    for (int i = 0; i < kWidth; ++i) {
-      if (i & kHalf) continue;
-      const Vec a = r[i], b = r[i + kHalf];
-      r[i] = shuffle(a, b, upper);
-      r[i + kHalf] = shuffle(a, b, lower);
-    }
-    transpose_steps<kHalf / 2>(r);
-  }
-}
-FT_INLINE void transpose(Vec* r) { transpose_steps<kWidth / 2>(r); }
 
 // rows [vecs * kWidth][ld] -> panel [columns][lanes]; columns up to the next vector are read, and must exist.
 FT_INLINE void rows_to_panel(const float* rows, int64_t ld, int columns, int vecs, float* panel, int64_t lanes) {

@@ -7,6 +7,7 @@
 
 #include "../common/bind.h"
 #include "linear.h"
+#include "matmul.h"
 
 namespace py = pybind11;
 
@@ -15,7 +16,8 @@ namespace {
 
 using cpu::Linear;
 using cpu::PackedWeight;
-using Rows = std::array<int64_t, 2>;  // address and stride
+using Rows = std::array<int64_t, 2>;    // address and stride
+using Matrix = std::array<int64_t, 3>;  // address, and strides of rows and columns
 
 Linear arguments(const PackedWeight& weight, int64_t M, const Rows& x, uintptr_t bias, const Rows& residual,
                  const Rows& y, int activation, int multiplier, uintptr_t scratch) {
@@ -58,6 +60,21 @@ void register_linear(py::module_& m) {
       [](const PackedWeight& weight, int64_t M, const Rows& x, uintptr_t bias, const Rows& residual, const Rows& y,
          int activation, int multiplier, uintptr_t scratch) {
         cpu::linear(arguments(weight, M, x, bias, residual, y, activation, multiplier, scratch));
+      },
+      release());
+  m.def("matmul_is_quicker", &cpu::matmul_is_quicker, "Whether matmul is quicker than torch's product here.");
+  m.def(
+      "matmul",
+      [](const std::array<int64_t, 3>& sizes, const Matrix& x, const Matrix& w, uintptr_t bias, const Rows& addend,
+         const Rows& y) {
+        cpu::Matmul args;
+        args.M = sizes[0], args.N = sizes[1], args.K = sizes[2];
+        args.x = {at(uintptr_t(x[0])), x[1], x[2]};
+        args.w = {at(uintptr_t(w[0])), w[1], w[2]};
+        args.bias = at(bias);
+        args.addend = at(uintptr_t(addend[0])), args.addend_stride = addend[1];
+        args.y = at(uintptr_t(y[0])), args.y_stride = y[1];
+        cpu::matmul(args);
       },
       release());
 }

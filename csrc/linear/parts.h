@@ -1,13 +1,15 @@
 #pragma once
-// The kernels of linear.cpp, one for each form of the weights, compiled for each instruction set.
+// The kernels of linear.cpp, one for each form of the weights, and of matmul.cpp, compiled for each instruction set.
 
 #include "../common/isa.h"
 #include "linear.h"
+#include "matmul.h"
 
 namespace fused::cpu {
 FT_DECLARE_ISA(linear_float32, Linear)
 FT_DECLARE_ISA(linear_bfloat16, Linear)
 FT_DECLARE_ISA(linear_int8, Linear)
+FT_DECLARE_ISA(matmul_float32, Matmul)
 #if defined(__x86_64__)
 // Only where has_multiplier() says so.
 void linear_bfloat16_dots(const Linear& args);

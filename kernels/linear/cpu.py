@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from fused_transformer.kernels import _native
-from fused_transformer.kernels._memory import empty_pages
 from fused_transformer.kernels.linear.checks import ACTIVATIONS
+from fused_transformer.kernels.memory import empty_pages
 
 _C = _native.library()
 

@@ -1,4 +1,5 @@
-"""linear_cross_entropy for CPU tensors: a chunk of tokens at a time, products by torch, losses by csrc/cross_entropy.
+"""linear_cross_entropy for CPU tensors: a chunk of tokens at a time, losses by csrc/cross_entropy, products by torch
+(or kernels/matmul.py, where that is quicker).
 
 How the work is cut. A chunk's logits are overwritten by their gradient, which is multiplied into the gradients of
 hidden, weight and bias, and its memory is the next chunk's. dweight, (V, E) in float32, is read and written once a
@@ -12,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fused_transformer.kernels import _native
+from fused_transformer.kernels import _native, matmul
 from fused_transformer.kernels.cross_entropy import op as cross_entropy
 from fused_transformer.kernels.linear_cross_entropy.operands import operand
 
@@ -51,7 +52,7 @@ def backward(dlosses, hidden, weight, bias, targets, dtype, *rest_and_wanted):
         losses[part], *statistics = kernel.forward(logits, targets[part], *rest)
         dlogits = kernel.backward(dlosses[part], logits, targets[part], *statistics, *rest, True)
         if dhidden is not None:
-            torch.mm(dlogits, weight, out=dhidden[part])
+            _product(dlogits, weight.t(), None, dhidden[part])
         if dweight is not None:
             dweight.add_product(dlogits.t(), rows)
         if dbias is not None:
@@ -68,7 +69,9 @@ class _Sum:
         self.total: Tensor | None = None
 
     def add_product(self, a: Tensor, b: Tensor) -> None:
-        if self.total is None:
+        if matmul.QUICKER and a.dtype == torch.float32:
+            self.total = matmul.product(a, b.t(), out=self.total, add=self.total is not None)
+        elif self.total is None:
             self.total = torch.mm(a, b)
         elif a.dtype == torch.float32:
             self.total.addmm_(a, b)
@@ -92,7 +95,9 @@ def _chunks(hidden: Tensor, weight: Tensor, dtype: torch.dtype, least: int):
 
 
 def _product(rows: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
-    if bias is None:
+    if matmul.QUICKER and out.dtype == torch.float32:
+        matmul.product(rows, weight, bias, out=out)
+    elif bias is None:
         torch.mm(rows, weight.t(), out=out)
     else:
         torch.addmm(bias, rows, weight.t(), out=out)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from torch import Tensor
@@ -153,7 +155,9 @@ def test_masks_of_any_strides(backend, kind, layout, device):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_scale(backend, scale, dtype, device):
     tensors, _ = build(Case("any"), dtype, device)
-    assert_backend_matches(attention_with_lse, backend, tensors, scale=scale)
+    # 3: torch's product, which is the naive one's, has about half the error of others on some processors.
+    judge = partial(assert_matches, factor=3.0)
+    assert_backend_matches(attention_with_lse, backend, tensors, judge=judge, scale=scale)
 
 
 @pytest.mark.parametrize("shift", [-120.0, 1e4, -1e4])

@@ -87,8 +87,9 @@ def test_matches_the_reference(case, batch_first, dtype, causal, weights):
     with use_backend("reference"):
         exact = run_with_gradients(in_parts, in_float64(tensors), rounded_to=dtype, **options)
         naive = run_with_gradients(in_parts, tensors, rounded_to=dtype, **options)
-    # with weights the gradient is the sum of two, each with an error of its own
-    assert_matches(got, exact, naive, factor=2.0 if weights is None else 4.0)
+    # With weights the gradient is the sum of two, each with an error of its own. And torch's product has about half the
+    # error of others on some processors.
+    assert_matches(got, exact, naive, factor=3.0 if weights is None else 4.0)
 
 
 @every_case

@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from fused_transformer.kernels._memory import LEAST_BYTES, empty_pages
+from fused_transformer.kernels.memory import LEAST_BYTES, empty_pages
 from tests.oracle import assert_equal
 
 MIB = 2**20
@@ -43,7 +43,7 @@ def test_what_is_freed_is_used_again_and_no_more_is_kept_than_was_in_use():
 
 REUSE = """
 import torch
-from fused_transformer.kernels._memory import empty_pages
+from fused_transformer.kernels.memory import empty_pages
 
 def mapped():
     return int(open("/proc/self/statm").read().split()[0]) * 4096 // 2**20

@@ -293,8 +293,8 @@ def test_feed_forward_drops_activations():
         mean = module(torch.zeros(1, E))[0, 0].item()  # of 10,000 activations, each 0 or 4/3
         undropped = module.eval()(torch.zeros(1, E))[0, 0].item()
     assert mean == pytest.approx(1, abs=0.03)  # 5 standard deviations
-    assert abs(mean - undropped) > 1e-5
-    assert undropped == pytest.approx(1, abs=1e-5)
+    assert abs(mean - undropped) > 1e-4
+    assert undropped == pytest.approx(1, abs=1e-4)  # 10,000 roundings, one after another on some processors
 
 
 @pytest.mark.parametrize("start", [0, 5])

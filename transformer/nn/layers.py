@@ -11,6 +11,7 @@ from fused_transformer.attention import MultiheadAttention
 from fused_transformer.nn.keys import Keys, run_nested
 from fused_transformer.nn.parts import Stream, activated, add_norm, known_activation, plain, position_wise
 from fused_transformer.nn.stand_in import OURS, adopt, stands_in
+from fused_transformer.products import applied
 
 Step = tuple[Callable[[Tensor], Tensor], nn.Module, nn.Module]  # a sublayer, its dropout, its norm
 
@@ -43,8 +44,8 @@ class _Layer(nn.Module):
         return Stream(x)
 
     def _feed_forward(self, x: Tensor) -> Tensor:
-        hidden = self.linear1(x)  # with its bias, which a matrix product adds for nothing
-        return self.linear2(activated(hidden, self.activation, self.dropout))
+        hidden = applied(self.linear1, x)  # with its bias, which a matrix product adds for nothing
+        return applied(self.linear2, activated(hidden, self.activation, self.dropout))
 
     def takes_packed(self) -> bool:
         """Whether the layer computes the same from a packed batch: its parts do, and know nothing of the shape."""

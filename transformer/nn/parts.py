@@ -10,28 +10,12 @@ from typing import NamedTuple
 
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from fused_transformer.attention import MultiheadAttention, has_pre_hooks
+from fused_transformer.attention import MultiheadAttention
 from fused_transformer.kernels import add_layer_norm, add_layer_norm_with_total
 from fused_transformer.kernels.bias_act import bias_act, has_kernel
 from fused_transformer.nn.norms import LayerNorm
-
-LINEARS = (nn.Linear, NonDynamicallyQuantizableLinear)
-
-
-def plain(module: nn.Module, *kinds: type[nn.Module]) -> bool:
-    """Whether calling `module` is exactly what its class, one of `kinds`, says: nothing hooked, replaced or compiled.
-
-    (Subclasses don't count, and so neither do parametrized modules, whose class is made for them.)
-    """
-    return (
-        type(module) in kinds
-        and not (module._forward_hooks or module._backward_hooks or module._backward_pre_hooks)
-        and not has_pre_hooks(module)
-        and "forward" not in module.__dict__
-        and module._compiled_call_impl is None
-    )
+from fused_transformer.plain import LINEARS, plain
 
 
 def is_layer_norm(module: nn.Module) -> bool:

@@ -15,10 +15,10 @@ LEAST_BYTES = 2**20  # smaller tensors are malloc's, which keeps them at hand it
 def empty_pages(*shape: int, like: Tensor) -> Tensor:
     """Uninitialised memory of this shape, of `like`'s dtype and device.
 
-    On a CPU it lies on pages of 2 MiB where the system gives them: with 4 KiB a head's few keys are a page of their own,
-    each to be looked up. And it is used again once it is freed: malloc gives blocks of this size back to the system,
-    which clears each page anew at the next use. Kept is never more than was in use at once, and the system may have it
-    when it runs short.
+    On a CPU it lies on pages of 2 MiB where the system gives them: with 4 KiB a head's few keys are a page of their
+    own, each to be looked up. And it is used again once it is freed: malloc gives blocks of this size back to the
+    system, which clears each page anew at the next use. Kept is never more than was in use at once, and the system may
+    have it when it runs short.
     """
     nbytes = math.prod(shape) * like.dtype.itemsize
     eager = type(like) is Tensor and not torch.compiler.is_compiling()

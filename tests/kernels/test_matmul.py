@@ -1,0 +1,209 @@
+"""The products of training: every layout of the operands, sums against float64, gradients, and who is left to torch."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from fused_transformer import MultiheadAttention
+from fused_transformer.feed_forward import FeedForward
+from fused_transformer.kernels import _native, matmul, use_backend
+from fused_transformer.products import applied, linear
+from tests.inputs import lesser_isas, normal, run_tests_with_isa
+from tests.oracle import assert_equal, assert_matches
+
+SIZES = [
+    (1, 1, 1),
+    (5, 3, 2),
+    (6, 64, 16),
+    (97, 65, 17),
+    (100, 127, 257),
+    (300, 200, 33),
+    (48, 70, 2051),  # more than a slab of K
+    (200, 16, 1030),
+    (7, 1000, 40),
+    (1000, 7, 513),
+]
+LAYOUTS = ["rows", "columns", "apart", "columns apart", "neither"]
+
+
+@pytest.fixture(autouse=True)
+def own(monkeypatch):
+    if not _native.available():
+        pytest.skip("this needs the compiled extension")
+    monkeypatch.setattr(matmul, "QUICKER", True)
+
+
+def laid(x: torch.Tensor, layout: str) -> torch.Tensor:
+    """x with this layout; what lies between its numbers is NaN."""
+    if layout == "rows":
+        return x.contiguous()
+    if layout == "columns":
+        return x.t().contiguous().t()
+    if layout == "columns apart":
+        return laid(x.t(), "apart").t()
+    wide = torch.full((x.shape[0], 2 * x.shape[1] + 3), torch.nan)
+    out = wide[:, 2 : 2 + x.shape[1]] if layout == "apart" else wide[:, 1 : 1 + 2 * x.shape[1] : 2]
+    return out.copy_(x)
+
+
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+@pytest.mark.parametrize("left", LAYOUTS)
+@pytest.mark.parametrize("right", LAYOUTS)
+def test_a_product_is_as_good_as_torch(sizes, left, right):
+    (M, N, K) = sizes
+    x, w, bias = normal(M, K), normal(N, K), normal(N)
+    exact = x.double() @ w.double().t()
+    x, w = laid(x, left), laid(w, right)
+    # K of 1 or 2 often comes out exact in torch: there 2 ulp are the bound
+    assert_matches(matmul.product(x, w), exact, x @ w.t(), factor=4.0)
+    assert_matches(matmul.product(x, w, bias), exact + bias.double(), torch.addmm(bias, x, w.t()), factor=4.0)
+
+
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+@pytest.mark.parametrize("left", ["rows", "columns"])
+def test_a_product_is_added_or_written_where_it_is_wanted(sizes, left):
+    (M, N, K) = sizes
+    x, w, before = laid(normal(M, K), left), normal(N, K), normal(M, N)
+    wide = torch.full((M, N + 9), 7.0)
+    out = wide[:, 4 : 4 + N]
+    assert matmul.product(x, w, out=out) is out
+    assert_equal(out.clone(), matmul.product(x, w))
+    matmul.product(x, w, out=out.copy_(before), add=True)
+    assert_matches(
+        out.clone(), before.double() + x.double() @ w.double().t(), torch.addmm(before, x, w.t()), factor=4.0
+    )
+    assert (wide[:, :4] == 7).all() and (wide[:, 4 + N :] == 7).all()
+
+
+@pytest.mark.parametrize("M, N, K", [(0, 3, 4), (3, 0, 4), (3, 4, 0), (0, 0, 0)])
+def test_empty_matrices(M, N, K):
+    x, w = torch.ones(M, K), torch.ones(N, K)
+    assert_equal(matmul.product(x, w), x @ w.t())
+    assert_equal(matmul.product(x, w, torch.ones(N)), x @ w.t() + 1)
+    assert_equal(matmul.product(x, w, out=torch.ones(M, N), add=True), x @ w.t() + 1)
+
+
+def test_a_row_has_the_same_bits_in_any_batch_and_on_any_number_of_threads():
+    x, w = normal(300, 700), normal(130, 700)
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            all_rows = matmul.product(x, w)
+            for first, last in ((0, 1), (5, 11), (17, 300)):
+                assert_equal(matmul.product(x[first:last], w), all_rows[first:last])
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_nan_and_infinity_stay_in_their_rows_and_columns():
+    x, w = normal(70, 50), normal(90, 50)
+    x[3, 7], w[8, 2], w[9, 4] = torch.nan, torch.inf, torch.nan
+    for left, right in ((x, w), (laid(x, "columns"), laid(w, "columns"))):
+        y = matmul.product(left, right)
+        assert_equal(y.isnan(), (x @ w.t()).isnan())
+        assert_equal(y.isinf(), (x @ w.t()).isinf())
+
+
+@pytest.mark.parametrize("shape", [(300,), (3, 100), (2, 3, 50)], ids=str)
+@pytest.mark.parametrize("has_bias", [True, False])
+def test_linear_has_the_gradients_of_torch(shape, has_bias):
+    x, weight, dy = normal(*shape, 96), normal(128, 96), normal(*shape, 128)
+    bias = normal(128) if has_bias else None
+    assert matmul.takes(x, weight, bias)
+
+    def results(function, dtype):
+        leaves = [None if t is None else t.detach().to(dtype).requires_grad_() for t in (x, weight, bias)]
+        y = function(*leaves)
+        y.backward(dy.to(dtype))
+        return {"y": y.detach()} | {f"d{i}": leaf.grad for i, leaf in enumerate(leaves) if leaf is not None}
+
+    assert_matches(
+        results(linear, torch.float32), results(F.linear, torch.float64), results(F.linear, torch.float32), factor=4.0
+    )
+
+
+def test_gradients_may_be_expanded_and_taken_again():
+    x, weight = normal(200, 96).requires_grad_(), normal(128, 96).requires_grad_()
+    first, second = (
+        torch.autograd.grad(function(x, weight).square().sum(), (x, weight), create_graph=True)
+        for function in (linear, F.linear)
+    )
+    again = [torch.autograd.grad(sum(g.sum() for g in grads), (x, weight)) for grads in (first, second)]
+    for one, other in zip((*first, *again[0]), (*second, *again[1]), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-6 * float(other.detach().abs().max()))
+    linear(x, weight).sum().backward()  # a gradient of strides 0
+    torch.testing.assert_close(x.grad, weight.sum(0).expand(200, 96))
+
+
+def test_what_is_left_to_torch():
+    x, weight, bias = normal(300, 96), normal(128, 96), normal(128)
+    assert matmul.takes(x, weight, bias) and matmul.takes(x, weight, None)
+    assert not matmul.takes(x[:9], weight, bias)  # too small
+    assert not matmul.takes(x[:, :95], weight, bias)  # torch has the error
+    assert not matmul.takes(x.double(), weight.double(), None)
+    assert not matmul.takes(x.bfloat16(), weight.bfloat16(), None)
+    assert not matmul.takes(x.to("meta"), weight.to("meta"), None)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert not matmul.takes(x, weight, bias)
+        assert linear(x, weight, bias).dtype == torch.bfloat16
+    with torch.autograd.forward_ad.dual_level():
+        assert not matmul.takes(x, weight, bias)
+    per_row = torch.func.vmap(lambda row: linear(row, weight, bias))(x.view(3, 100, 96))
+    torch.testing.assert_close(per_row, F.linear(x, weight, bias).view(3, 100, 128))
+
+
+def test_a_module_that_somebody_changed_is_called():
+    x, module = normal(300, 96), nn.Linear(96, 128)
+    torch.testing.assert_close(applied(module, x), module(x))
+    handle = module.register_forward_hook(lambda *_: torch.zeros(()))
+    assert applied(module, x).dim() == 0
+    handle.remove()
+    nn.utils.parametrizations.weight_norm(module)
+    torch.testing.assert_close(applied(module, x), module(x))
+
+
+@pytest.mark.parametrize("make", [lambda: FeedForward(64, 256), lambda: MultiheadAttention(64, 4, batch_first=True)])
+def test_modules_train_the_same_either_way(make, monkeypatch):
+    torch.manual_seed(0)
+    module, x = make(), normal(4, 200, 64)
+
+    def gradients():
+        module.zero_grad()
+        y = module(x) if isinstance(module, FeedForward) else module(x, x, x, need_weights=False)[0]
+        y.square().sum().backward()
+        return [y.detach(), *(p.grad.clone() for p in module.parameters())]
+
+    ours = gradients()
+    monkeypatch.setattr(matmul, "QUICKER", False)
+    for one, other in zip(ours, gradients(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4 * float(other.detach().abs().max()))
+
+
+def test_compiled_modules_do_not_see_it():
+    module, x = FeedForward(64, 256), normal(300, 64)
+    compiled = torch.compile(module, backend="eager", fullgraph=True)
+    with use_backend("reference"):
+        torch.testing.assert_close(compiled(x), module(x))
+
+
+@pytest.mark.parametrize("setting, expected", [("own", "True"), ("torch", "False"), ("mkl", "must be own or torch")])
+def test_the_setting_overrules_the_processor(setting, expected):
+    program = "from fused_transformer.kernels import matmul; print(matmul.QUICKER)"
+    environment = {"FUSED_TRANSFORMER_MATMUL": setting}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False)
+    assert expected in done.stdout + done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("isa", ["baseline", "avx2"])
+def test_every_instruction_set(isa):
+    if isa not in lesser_isas():
+        pytest.skip(f"this run is of {isa} or below")
+    run_tests_with_isa(isa, __file__, "-k", "not instruction_set")
