@@ -207,9 +207,9 @@ def write_figure(results: dict, path: Path) -> None:
 
 
 def newest(folder: Path) -> list[Path]:
-    """The latest file of each processor or GPU; names end with the day."""
+    """The latest file of each processor or GPU, the latest of all first; names end with the day."""
     latest = {path.stem.rpartition("_")[0]: path for path in sorted(folder.glob("*_????-??-??.json"))}
-    return list(latest.values())
+    return sorted(latest.values(), key=lambda path: path.stem.rpartition("_")[2], reverse=True)
 
 
 def update_readme(readme: Path, section: str, begin: str = BEGIN, end: str = END) -> None:
@@ -246,7 +246,8 @@ def main(arguments: list[str] | None = None) -> None:
         files = newest(ROOT / "bench" / "results" / name)
         if files:
             marks = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
-            update_readme(options.readme, section(json.loads(files[-1].read_text())), *marks)
+            told = [section(json.loads(path.read_text())) for path in files]
+            update_readme(options.readme, "\n\n".join(told), *marks)
 
 
 if __name__ == "__main__":
