@@ -52,11 +52,12 @@ def _is_matrix(x: Tensor, dim: int | None) -> bool:
 def product(
     x: Tensor, w: Tensor, bias: Tensor | None = None, *, out: Tensor | None = None, add: bool = False
 ) -> Tensor:
-    """x wᵀ + bias, of x (M, K), w (N, K) and bias (N,), all float32; into `out` (M, N), or added to it."""
+    """x wᵀ + bias, of x (M, K), w (N, K) and bias (N,), all float32; into `out` (M, N) of contiguous rows, or added to it."""
     (M, K), N = x.shape, w.shape[0]
     y = x.new_empty(M, N) if out is None else out
     if K == 0:
         x, w, K = x.new_zeros(M, 1), w.new_zeros(N, 1), 1
+    bias = None if bias is None else bias.contiguous()
     (x, left), (w, right), rows = _matrix(x), _matrix(w), (y.data_ptr(), y.stride(0))
     _native.library().matmul((M, N, K), left, right, _native.ptr(bias), rows if add else (0, 0), rows)
     return y

@@ -81,6 +81,11 @@ def test_a_product_is_added_or_written_where_it_is_wanted(sizes, left):
     assert (wide[:, :4] == 7).all() and (wide[:, 4 + N :] == 7).all()
 
 
+def test_a_bias_may_lie_apart():
+    x, w, bias = normal(50, 40), normal(90, 40), normal(90)
+    assert_equal(matmul.product(x, w, bias[:, None].repeat(1, 3)[:, 1]), matmul.product(x, w, bias))
+
+
 @pytest.mark.parametrize("M, N, K", [(0, 3, 4), (3, 0, 4), (3, 4, 0), (0, 0, 0)])
 def test_empty_matrices(M, N, K):
     x, w = torch.ones(M, K), torch.ones(N, K)
