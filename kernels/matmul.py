@@ -52,7 +52,7 @@ def _is_matrix(x: Tensor, dim: int | None) -> bool:
 def product(
     x: Tensor, w: Tensor, bias: Tensor | None = None, *, out: Tensor | None = None, add: bool = False
 ) -> Tensor:
-    """x wᵀ + bias, of x (M, K), w (N, K) and bias (N,), all float32; into `out` (M, N) of contiguous rows, or added to it."""
+    """x wᵀ + bias, of x (M, K), w (N, K) and bias (N,), all float32; into `out` (M, N; dense rows), or added to it."""
     (M, K), N = x.shape, w.shape[0]
     y = x.new_empty(M, N) if out is None else out
     if K == 0:
