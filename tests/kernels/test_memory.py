@@ -93,7 +93,7 @@ def pages_of_a_round():
     return faults() - before
 
 pages_of_a_round()
-assert pages_of_a_round() > 20 * 2  # of 2 MiB at the largest
+assert pages_of_a_round() >= 30  # there are 40 of 2 MiB, the largest there are
 assert keep_freed()
 pages_of_a_round()
 assert pages_of_a_round() < 20
