@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import subprocess
 import sys
@@ -14,6 +15,9 @@ from tests.oracle import assert_equal
 
 MIB = 2**20
 LIKE = torch.zeros(1)
+plain_process = pytest.mark.skipif(
+    "libasan" in os.environ.get("LD_PRELOAD", ""), reason="under AddressSanitizer malloc and address space are its own"
+)
 
 
 @pytest.mark.parametrize("shape", [(), (0,), (3, 5), (2, 3, 4, 64), (5, 1 << 20)], ids=str)
@@ -37,6 +41,7 @@ def test_two_that_live_at_once_do_not_share_memory_and_a_view_keeps_its_own():
     assert (view == 1).all() and (second == 2).all() and (third == 3).all()
 
 
+@plain_process
 def test_what_is_freed_is_used_again_and_no_more_is_kept_than_was_in_use():
     """In a process of its own, where nothing else has memory waiting."""
     subprocess.run([sys.executable, "-c", REUSE], check=True)
@@ -73,6 +78,7 @@ def test_small_tensors_and_other_devices_have_memory_of_their_own():
     assert small.untyped_storage().nbytes() == LEAST_BYTES - 4
 
 
+@plain_process
 def test_a_process_that_keeps_what_it_freed_has_it_cleared_no_more():
     if platform.libc_ver()[0] != "glibc":
         pytest.skip("malloc is not glibc's")
