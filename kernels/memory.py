@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import math
 
 import torch
@@ -26,17 +25,3 @@ def empty_pages(*shape: int, like: Tensor) -> Tensor:
     if nbytes < LEAST_BYTES or not eager or like.device.type != "cpu" or not _native.available():
         return like.new_empty(shape)
     return torch.frombuffer(_native.library().Pages(nbytes), dtype=like.dtype).view(shape)
-
-
-def keep_freed() -> bool:
-    """Have malloc keep what is freed, in this process, instead of giving it back; whether it will (glibc's does).
-
-    For a process that does one thing over and over. Blocks of a training step's size go back to the system at each
-    `free`, which clears them anew: 100,000 page faults, 7 to 12 % of a step of Transformer-base on two cores.
-    """
-    never_trim, no_mmap = (-1, -1), (-4, 0)  # M_TRIM_THRESHOLD and M_MMAP_MAX of malloc.h
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError, TypeError):  # no glibc
-        return False
-    return min(mallopt(*setting) for setting in (never_trim, no_mmap)) == 1

@@ -17,7 +17,6 @@ COMMANDS = {
     "plot": ("cli_plot", "loss, learning rate and BLEU of trainings as curves"),
     "translate": ("cli_translate", "translate text, line by line"),
 }
-REPEATING = ("train", "translate")  # step after step in the same memory
 DRAWING_LIBRARIES = ("matplotlib",)
 TEXT_LIBRARIES = ("sacrebleu", "safetensors", "sentencepiece", "tqdm")
 
@@ -36,10 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parsed = parser.parse_args(arguments)
     module, _ = COMMANDS[parsed.command]
     try:
-        command = import_module(f"fused_transformer.{module}").main
-        if arguments is None and parsed.command in REPEATING:  # the process is ours
-            import_module("fused_transformer.kernels.memory").keep_freed()
-        return command(parsed.rest) or 0
+        return import_module(f"fused_transformer.{module}").main(parsed.rest) or 0
     except ModuleNotFoundError as error:
         missing = (error.name or "").partition(".")[0]
         extra = "text" if missing in TEXT_LIBRARIES else "show" if missing in DRAWING_LIBRARIES else None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import platform
 import subprocess
 import sys
 
@@ -76,31 +75,3 @@ def test_small_tensors_and_other_devices_have_memory_of_their_own():
     assert empty_pages(MIB, like=LIKE.to("meta")).device.type == "meta"
     small = empty_pages(LEAST_BYTES // 4 - 1, like=LIKE)
     assert small.untyped_storage().nbytes() == LEAST_BYTES - 4
-
-
-@plain_process
-def test_a_process_that_keeps_what_it_freed_has_it_cleared_no_more():
-    if platform.libc_ver()[0] != "glibc":
-        pytest.skip("malloc is not glibc's")
-    subprocess.run([sys.executable, "-c", KEEP], check=True)
-
-
-KEEP = """
-import resource
-import torch
-from fused_transformer.kernels.memory import keep_freed
-
-def faults():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-
-def pages_of_a_round():
-    before = faults()
-    torch.ones(20 * 2**20)  # 80 MiB, beyond what malloc keeps on its own
-    return faults() - before
-
-pages_of_a_round()
-assert pages_of_a_round() >= 30  # there are 40 of 2 MiB, the largest there are
-assert keep_freed()
-pages_of_a_round()
-assert pages_of_a_round() < 20
-"""
