@@ -37,7 +37,7 @@ def takes(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         and _is_matrix(x, None)
         and x.dim() >= 2
         and x.shape[-1] == weight.shape[1]
-        and (bias is None or (_is_matrix(bias, 1) and bias.shape == weight.shape[:1] and bias.is_contiguous()))
+        and (bias is None or (_is_matrix(bias, 1) and bias.shape == weight.shape[:1]))
         and not torch.is_autocast_enabled("cpu")
         and torch.autograd.forward_ad._current_level < 0
         and not routed(x)

@@ -5,7 +5,7 @@
 // once for up to kGroup query rows. (`attention` has queries as lanes, which a single query would leave idle.) Sums
 // over keys run in the order of the keys, each row's own in the same order whatever rows stand beside it.
 
-#include "../common/simd.h"
+#include "../common/transpose.h"  // shuffle
 #include "decode_attention.h"
 
 namespace fused::cpu::FT_ISA::decode {
@@ -23,16 +23,6 @@ constexpr int kKeysAtOnce = 4;                    // keys in registers: kGroup *
 constexpr int kLd = kMaxHeadWidth;                // floats between rows of queries and sums
 
 FT_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-
-FT_INLINE Vec shuffle(Vec a, Vec b, IVec from) {
-#if defined(__clang__)
-  Vec out;
-  for (int i = 0; i < kWidth; ++i) out[i] = from[i] < kWidth ? a[from[i]] : b[from[i] - kWidth];
-  return out;
-#else
-  return __builtin_shuffle(a, b, from);
-#endif
-}
 
 // The sums of kWidth vectors: lane i of the result is the sum of the lanes of v[i]. Each step adds the halves of
 // vectors kHalf apart and packs the two results into one.
