@@ -17,13 +17,14 @@ def test_a_run_becomes_a_row(tmp_path, capsys):
     files = ["--source", str(tmp_path / "en"), "--target", str(tmp_path / "fr"), "--output", str(tmp_path / "run")]
     options = ["--preset", "tiny", "--vocab-size", "300", "--threads", "1", "--steps", "3", "--log-every", "1"]
     assert cli_train.main([*files, *options]) == 0
-    test = ["--source", str(tmp_path / "en"), "--reference", str(tmp_path / "fr"), "--threads", "1"]
+    test = ["--source", str(tmp_path / "en"), "--reference", str(tmp_path / "fr"), "--threads", "1", "--language", "fr"]
     output = tmp_path / "quality.json"
     assert quality.main([f"ours={tmp_path / 'run'}", *test, "--beam-size", "2", "--output", str(output)]) == 0
     result = json.loads(output.read_text())
     row = result["rows"]["ours"]
     assert row["steps"] == 3 and row["tokens_per_second"] > 0 and row["settings"]["vocab_size"] == 300
     assert 0 <= row["bleu"] <= 100 and "case:mixed" in row["signature"] and "case:lc" in row["signature_lower_cased"]
+    assert 0 <= row["bleu_tokenised"] <= 100 and "tok:none" in row["signature_tokenised"]
     assert report_training.of_quality(result) in capsys.readouterr().out
 
 
@@ -31,6 +32,26 @@ def test_case_alone_makes_no_difference_in_lower_case():
     words = ["un deux trois quatre cinq six"]
     assert quality.lower_cased([words[0].upper()], words)[0] == pytest.approx(100.0)
     assert quality.bleu([words[0].upper()], words).score < 1.0
+
+
+def test_moses_takes_an_article_off_its_noun():
+    """The tokens of Multi30k's papers: l'herbe is two words there and one to sacreBLEU's own rules."""
+    tokens = quality.moses_tokens(["Un chien court sur l’herbe, vite."], "fr")
+    assert tokens == ["un chien court sur l&apos; herbe , vite ."]
+
+
+def test_tokens_are_judged_in_lower_case_and_word_by_word():
+    reference = ["Le chien court sur l'herbe."]
+    assert quality.tokenised(["le chien court sur L'herbe ."], reference, "fr")[0] == pytest.approx(100.0)
+    # 8 words, the fourth another: 7/8, 5/7, 3/6 and 1/5 of the n-grams are right
+    wrong = quality.tokenised(["le chien court dans l'herbe verte ."], ["le chien court sur l'herbe verte ."], "fr")[0]
+    assert wrong == pytest.approx(100 * (7 / 8 * 5 / 7 * 3 / 6 * 1 / 5) ** 0.25)
+
+
+def test_a_reference_without_a_language(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        quality.main(["ours=run", "--source", "test.en", "--reference", "test"])
+    assert "give --language" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("lines", ["", '{"kind": "validation", "step": 1}\n'])
