@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -12,7 +13,7 @@ from tqdm import tqdm
 
 from fused_transformer import demo
 from fused_transformer.demo import DemoResult
-from fused_transformer.demo.it import it_heads
+from fused_transformer.demo.it import ItHeads, first_that_links
 from fused_transformer.show import distributions
 from fused_transformer.show.picture import require_matplotlib
 
@@ -20,6 +21,8 @@ SHOWN = 10  # wrong translations of a kind
 TITLES = {
     "plain": "sentences",
     "it": "sentences where only the right noun for *it* gives the right French",
+    "rivals": "the same, where both nouns are animals and two words decide which one is meant",
+    "wanted": "sentences that end in *it*, which is le or la",
     "people": "French to English",
 }
 
@@ -53,8 +56,10 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--show",
         metavar="DIR",
-        help="find the heads that tell what *it* stands for, and draw them there, as a figure and as pages",
+        help="find the head that tells what *it* stands for, and draw it there, as a figure and as pages; trains with "
+        "one seed after the other until there is one",
     )
+    parser.add_argument("--tries", type=int, default=24, help="seeds to train with at most, for --show (default: 24)")
     return parser
 
 
@@ -65,26 +70,33 @@ def _demo(options: argparse.Namespace) -> None:
         torch.set_num_threads(options.threads)
     if options.show:
         require_matplotlib()  # ahead of a minute of training
-    with tqdm(total=options.steps, unit="step", disable=None, dynamic_ncols=True, leave=False) as bar:
-
-        def on_step(step: int, loss: float) -> None:
-            bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
-            bar.update()
-
-        result = demo.run(options.seed, steps=options.steps, minutes=options.minutes, on_step=on_step)
+    if not options.show:
+        result = _train(options, options.seed)
+    else:
+        result, found, seeds = first_that_links(partial(_train, options), options.seed, options.tries)
     print("\n".join(report(result)))
     if options.show:
-        print("\n".join(_show(result, Path(options.show))))
+        print("\n".join(_show(result, found, seeds, Path(options.show))))
     if options.output:
         path = result.save(options.output)
         print(f"\nThe model is {path}. It knows the words of its sentences alone; try")
         print(f'  echo "{demo.WIDE.source}" | python -m fused_transformer translate --model {options.output}')
 
 
-def _show(result: DemoResult, folder: Path) -> list[str]:
+def _train(options: argparse.Namespace, seed: int) -> DemoResult:
+    with tqdm(total=options.steps, unit="step", disable=None, dynamic_ncols=True, leave=False) as bar:
+        bar.set_description(f"seed {seed}", refresh=False)
+
+        def on_step(step: int, loss: float) -> None:
+            bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
+            bar.update()
+
+        return demo.run(seed, steps=options.steps, minutes=options.minutes, on_step=on_step)
+
+
+def _show(result: DemoResult, found: ItHeads, seeds: list[int], folder: Path) -> list[str]:
     """Draw what *it* stands for, and the tutorial's distributions; what was found, and the files."""
     folder.mkdir(parents=True, exist_ok=True)
-    found = it_heads(result)
     tired, wide = found.views()
     outputs = {"untrained": result.outputs.before, "trained": result.outputs.after}
     labels = result.tokenizer.pieces(range(len(result.tokenizer)))
@@ -94,7 +106,10 @@ def _show(result: DemoResult, folder: Path) -> list[str]:
         wide.save(folder / "wide.html"),
         distributions(outputs, result.outputs.targets, labels=labels, most=8).save(folder / "distributions.svg"),
     ]
-    return ["", "What *it* stands for:", "", f"  {found}", "", *map(str, files)]
+    tried = f"{len(seeds)} model{'s' if len(seeds) > 1 else ''} trained, seed {result.seed} shown"
+    if not (found.query == "it" and found.clear):
+        tried += "; no head of theirs links *it* itself clearly to the right noun"
+    return ["", f"What *it* stands for ({tried}):", "", f"  {found}", "", *map(str, files)]
 
 
 def report(result: DemoResult) -> list[str]:

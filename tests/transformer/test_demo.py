@@ -11,10 +11,10 @@ import torch
 
 from fused_transformer import cli_demo, cli_translate, demo
 from fused_transformer.checkpoint import load_model
-from fused_transformer.demo import grammar
+from fused_transformer.demo import phrases
 from fused_transformer.demo.corpus import TESTED, make_text
 from fused_transformer.demo.grammar import KINDS
-from fused_transformer.demo.lexicon import ANIMALS, DESCRIBING, FOODS, PLACES, PLAIN, VERBS
+from fused_transformer.demo.lexicon import ANIMALS, DESCRIBING, FOODS, PLACES, PLAIN, RIVALS, VERBS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -54,12 +54,12 @@ def drawn():
 )
 def test_noun_phrases(noun, adjective, options, expected):
     chosen = next((one for one in PLAIN if one.english == adjective), None)
-    assert grammar._noun_phrase(NOUNS[noun], chosen, **options) == expected
+    assert phrases.noun_phrase(NOUNS[noun], chosen, **options) == expected
 
 
 def test_verbs():
     like = next(verb for verb in VERBS if verb.english == "like")
-    forms = {(past, negative): grammar._predicate(like, past, negative) for past in (0, 1) for negative in (0, 1)}
+    forms = {(past, negative): phrases.predicate(like, past, negative) for past in (0, 1) for negative in (0, 1)}
     assert forms == {
         (0, 0): ("likes", "aime"),
         (0, 1): ("doesn't like", "n'aime pas"),
@@ -94,6 +94,30 @@ def test_it_is_what_the_adjective_can_be_said_of(drawn):
     assert kinds == {"animal", "place", "food"}
 
 
+def test_of_two_animals_adjective_and_negation_tell_which_one_is_meant(drawn):
+    able = {one.english for _, one, _ in RIVALS}
+    assert not able & {one.english for *_, one in RIVALS}, "no adjective says both"
+    seen = set()
+    for source, target in drawn["rivals"].items():
+        words = source.split()
+        subject, object_ = (NOUNS[word] for word in words if word in NOUNS)
+        negative, can = bool({"didn't", "doesn't"} & {*words}), words[-1] in able
+        it = object_ if negative == can else subject
+        seen.add((negative, can))
+        assert (" qu'elle " in target, " qu'il " in target) == (it.feminine, not it.feminine)
+        assert (" was " in source) == (" était " in target) != (" est " in target)
+        forms = next(one.french for *_, x, y in RIVALS for one in (x, y) if one.english == words[-1])
+        assert target.split()[-1] == forms[it.feminine]
+    assert len(seen) == 4
+
+
+def test_what_is_wanted_is_the_thing(drawn):
+    for source, target in drawn["wanted"].items():
+        _, thing, _ = (NOUNS[word] for word in source.split() if word in NOUNS)
+        assert source.endswith(" it") and target.split()[-2] == ("la" if thing.feminine else "le")
+        assert thing.kind in ("place", "food")
+
+
 def test_french_pronouns_have_their_english(drawn):
     assert drawn["people"]["je suis étudiant"] == "i am a student"
     assert drawn["people"]["elles sont actrices"] == "they are actors"
@@ -125,7 +149,7 @@ def test_what_is_tested_is_never_trained_on(seed):
         assert sentences[: len(own)] == own
         for one in sentences:
             assert (one.kind == "people", *one.words) not in trained and one.source not in sources
-    assert all(one.contrast for one in text.held_out["it"])
+    assert all(one.contrast for kind in ("it", "rivals") for one in text.held_out[kind])
     assert make_text(seed) == text
 
 

@@ -66,6 +66,52 @@ def test_planted_heads_are_found(result, monkeypatch, planted):
     assert tired.title == demo.TIRED.source and wide.heads == found.heads
 
 
+def heads(query="it", right=200, total=200, tired=(0.9, 0.0), wide=(0.9, 0.0)):
+    return it.ItHeads("encoder_self", query, 2, (0,), right, total, tired, wide, (None, None))
+
+
+@pytest.mark.parametrize(
+    ("found", "clear"),
+    [
+        (heads(), True),
+        (heads(right=191), True),
+        (heads(right=189), False),
+        (heads(tired=(0.9, 0.45)), False),
+        (heads(wide=(0.5, 0.0)), False),
+    ],
+)
+def test_a_link_is_clear(found, clear):
+    assert found.clear is clear
+
+
+def asked_of(found_by_seed, monkeypatch):
+    """first_that_links from seed 3, the models being their seeds, and what `it_heads` says of each of them."""
+
+    def it_heads(result, queries=("any",)):
+        return found_by_seed[result]["it" if queries == ("it",) else "any"]
+
+    monkeypatch.setattr(it, "it_heads", it_heads)
+    return it.first_that_links(lambda seed: seed, 3, len(found_by_seed))
+
+
+def test_seeds_are_tried_until_one_links(monkeypatch):
+    clear, not_clear = heads(), heads(right=100)
+    found = {seed: {"it": one, "any": heads("adjective")} for seed, one in ((3, not_clear), (4, clear), (5, clear))}
+    assert asked_of(found, monkeypatch) == (4, clear, [3, 4])
+
+
+def test_if_no_seed_links_the_best_of_any_word_is_shown(monkeypatch):
+    best = heads("adjective", right=190)
+    found = {seed: {"it": heads(right=100), "any": heads("pronoun", right=150)} for seed in (3, 4, 5)}
+    found[4]["any"] = best
+    assert asked_of(found, monkeypatch) == (4, best, [3, 4, 5])
+
+
+def test_no_tries_are_refused():
+    with pytest.raises(ValueError, match="tries must be at least 1, got 0"):
+        it.first_that_links(lambda seed: seed, 1, 0)
+
+
 def test_what_is_counted_is_the_models(result):
     found = it.it_heads(result)
     config, encode = result.model.config, result.tokenizer.encode
@@ -93,10 +139,11 @@ def test_what_is_counted_is_the_models(result):
 def test_the_command_draws_them(result, tmp_path, capsys, monkeypatch):
     pytest.importorskip("matplotlib")
     monkeypatch.setattr(demo, "run", lambda *_, **__: result)
-    assert cli_demo.main(["--show", str(tmp_path / "pictures")]) == 0
+    assert cli_demo.main(["--show", str(tmp_path / "pictures"), "--tries", "2"]) == 0
     printed = capsys.readouterr().out
     files = ("it.svg", "tired.html", "wide.html", "distributions.svg")
     assert {path.name for path in (tmp_path / "pictures").iterdir()} == {*files}
-    assert "What *it* stands for:" in printed and all(str(tmp_path / "pictures" / name) in printed for name in files)
+    assert "What *it* stands for (2 models trained, seed 1 shown; no head of theirs links *it* itself" in printed
+    assert all(str(tmp_path / "pictures" / name) in printed for name in files)
     svg = (tmp_path / "pictures" / "it.svg").read_text(encoding="utf-8")
     assert svg.count(">▁street<") >= 2 and ">▁tired<" in svg and ">▁wide<" in svg

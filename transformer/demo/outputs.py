@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fused_transformer.decoding import evaluating
-from fused_transformer.demo.grammar import Sentence
+from fused_transformer.demo.phrases import Sentence
 from fused_transformer.model import Transformer
 from fused_transformer.tokenizer import EOS, Tokenizer
 
