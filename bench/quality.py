@@ -1,30 +1,30 @@
 """BLEU of trained models on a test set, beside how long they trained: a paper's table.
 
-    python -m bench.quality "ours=DIR" "torch.nn=DIR" --source test.en --reference test.fr [--output FILE]
+    python -m bench.quality "ours=DIR" "torch.nn=DIR" --source test.en --reference test.fr [--prepared] [--output FILE]
 
 A DIR is what `train` or `bench.twin` wrote. Each model translates with beam search (alpha 0.6) and is judged by
 sacreBLEU three times: as it is written, with lower case on both sides, and as papers on Multi30k report BLEU, in lower
-case over the tokens of Moses (punctuation normalised first), which needs `pip install sacremoses`. Steps, tokens a
-second and minutes are those of the run's log.jsonl: the rate is a median, as a run may have shared its machine or been
-paused.
+case over the tokens of Moses, which needs `pip install sacremoses`. --prepared is for models that were trained on what
+`bench.moses` made of the text: the source is prepared so for them, and their tokens are joined for sacreBLEU.
+
+Steps, tokens a second and minutes are those of the run's log.jsonl. The rate is what nine tenths of the log's lines
+stay below, as a run may have shared its machine; the minutes are all there were.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import statistics
 import sys
 from collections.abc import Sequence
 from datetime import date
-from importlib.metadata import version
 from pathlib import Path
 
 import sacrebleu
 import torch
 
-from bench import machine
+from bench import machine, moses
 from bench.report import write_comparison
 from bench.report_training import of_quality
 from fused_transformer.checkpoint import find_checkpoint, load_checkpoint
@@ -34,7 +34,7 @@ from fused_transformer.translation import Translator
 
 
 def logged(folder: Path) -> dict:
-    """Of a run: its last step, the median rate in target tokens a second, and the minutes that its clock says.
+    """Of a run: its last step, its rate in target tokens a second, and the minutes that its clock says.
 
     Raises:
         OSError, ValueError: there is no log, or no step in it.
@@ -43,7 +43,8 @@ def logged(folder: Path) -> dict:
     steps = [line for line in lines if line["kind"] == "step"]
     if not steps:
         raise ValueError(f"{folder / 'log.jsonl'} holds no step")
-    rate = statistics.median(line["tokens_per_second"] for line in steps)
+    rates = [line["tokens_per_second"] for line in steps]
+    rate = statistics.quantiles(rates, n=10)[-1] if len(rates) > 1 else rates[0]
     return {
         "steps": steps[-1]["step"],
         "tokens_per_second": round(rate),
@@ -57,36 +58,28 @@ def lower_cased(hypotheses: Sequence[str], references: Sequence[str]) -> tuple[f
     return score, str(metric.get_signature())
 
 
-def moses_tokens(sentences: Sequence[str], language: str) -> list[str]:
-    """What Multi30k's own preparation makes of a text: punctuation normalised, lower case, tokens apart.
-
-    Raises:
-        ModuleNotFoundError: sacremoses is not installed.
-
-    Source: Koehn et al. 2007 (Moses); Elliott et al. 2016, arXiv:1605.00459, section 4.
-    """
-    import sacremoses
-
-    normalizer, tokenizer = sacremoses.MosesPunctNormalizer(language), sacremoses.MosesTokenizer(language)
-    return [tokenizer.tokenize(normalizer.normalize(line).lower(), return_str=True) for line in sentences]
-
-
-def tokenised(hypotheses: Sequence[str], references: Sequence[str], language: str) -> tuple[float, str]:
-    """BLEU in lower case over Moses's tokens, and its signature: what multi-bleu.perl gives on such text."""
+def tokenised(hypotheses: Sequence[str], references: Sequence[str]) -> tuple[float, str]:
+    """BLEU over tokens of `bench.moses`, and its signature: what multi-bleu.perl gives on such text."""
     metric = sacrebleu.metrics.BLEU(tokenize="none", force=True)  # force: it is tokenised text, on purpose
-    found, wanted = moses_tokens(hypotheses, language), moses_tokens(references, language)
-    score = metric.corpus_score(found, [wanted]).score
-    return score, f"{metric.get_signature()}, of lower-cased tokens of sacremoses {version('sacremoses')}"
+    score = metric.corpus_score(list(hypotheses), [list(references)]).score
+    return score, f"{metric.get_signature()}, of lower-cased tokens of {moses.name()}"
 
 
-def judge(folder: Path, source: Sequence[str], references: Sequence[str], beam_size: int, language: str) -> dict:
+def judge(folder: Path, source: Sequence[str], references: Sequence[str], options: argparse.Namespace) -> dict:
     """A row: the model's size, its training, and the three BLEUs with their signatures."""
     path = find_checkpoint(folder)
     model, _, state, _ = load_checkpoint(path)
-    translations = Translator.load(path).translate(source, beam_size=beam_size)
+    translations = Translator.load(path).translate(source, beam_size=options.beam_size)
     found = [best.text for best, *_ in translations]
-    (score, signature), (lower, lower_signature) = bleu(found, references), lower_cased(found, references)
-    tokens, tokens_signature = tokenised(found, references, language)
+    tokens = found if options.prepared else moses.tokens(found, options.language)
+    written = moses.joined(found, options.language) if options.prepared else found
+    scores = {
+        "bleu": bleu(written, references),
+        "bleu_lower_cased": lower_cased(written, references),
+        "bleu_tokenised": tokenised(tokens, moses.tokens(references, options.language)),
+    }
+    if options.prepared:
+        del scores["bleu"]  # their case is lost
     best = state.get("progress", {}).get("best") or {}
     return {
         "parameters": sum(p.numel() for p in model.parameters()),
@@ -94,12 +87,8 @@ def judge(folder: Path, source: Sequence[str], references: Sequence[str], beam_s
         **logged(folder),
         "best_step": best.get("step"),
         "averaged": best.get("averaged", 1),
-        "bleu": round(score, 2),
-        "signature": signature,
-        "bleu_lower_cased": round(lower, 2),
-        "signature_lower_cased": lower_signature,
-        "bleu_tokenised": round(tokens, 2),
-        "signature_tokenised": tokens_signature,
+        **{name: round(score, 2) for name, (score, _) in scores.items()},
+        "signatures": {name: signature for name, (_, signature) in scores.items()},
     }
 
 
@@ -108,6 +97,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("runs", nargs="+", metavar="NAME=DIR")
     parser.add_argument("--source", required=True, help="text to translate, a sentence a line")
     parser.add_argument("--reference", required=True, help="its translation, line by line")
+    parser.add_argument("--prepared", action="store_true", help="the models were trained on text of bench.moses")
     parser.add_argument("--language", help="of the reference, for Moses (default: the ending of its name)")
     parser.add_argument("--beam-size", type=int, default=5)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -116,20 +106,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     wrong = [run for run in parsed.runs if not run.partition("=")[2]]
     if wrong:
         parser.error(f"a run is NAME=DIR, got {wrong[0]!r}")
-    if importlib.util.find_spec("sacremoses") is None:
-        parser.error("Moses's tokens need sacremoses: pip install sacremoses")
-    language = parsed.language or Path(parsed.reference).suffix[1:]
-    if not language:
-        parser.error(f"the name of {parsed.reference} ends in no language: give --language, as in --language fr")
+    if not moses.installed():
+        parser.error(moses.MISSING)
+    try:
+        parsed.language = moses.language_of(parsed.reference, parsed.language)
+        source_language = moses.language_of(parsed.source) if parsed.prepared else ""
+    except ValueError as error:
+        parser.error(str(error))
     torch.set_num_threads(parsed.threads)
     source, references = read_parallel(parsed.source, parsed.reference)
+    if parsed.prepared:
+        source = moses.tokens(source, source_language)
     rows = {}
     for run in parsed.runs:
         name, _, folder = run.partition("=")
-        rows[name] = judge(Path(folder), source, references, parsed.beam_size, language)
+        rows[name] = judge(Path(folder), source, references, parsed)
     result = {
         **{"machine": machine.facts(), "date": f"{date.today():%Y-%m-%d}", "source": Path(parsed.source).name},
-        **{"beam_size": parsed.beam_size, "sentences": len(source), "rows": rows},
+        **{"beam_size": parsed.beam_size, "sentences": len(source)},
+        **{"prepared": parsed.prepared, "rows": rows},
     }
     sys.stdout.write(of_quality(result) + "\n")
     write_comparison("quality", result, parsed.output)

@@ -45,24 +45,31 @@ def _part(row: dict, part: str) -> str:
     return f"{own / 1e3:.1f} ms{least}, {own / whole:.0%}"
 
 
+BLEUS = {"bleu": "as written", "bleu_lower_cased": "in lower case", "bleu_tokenised": "Moses's tokens in lower case"}
+
+
 def of_quality(result: dict) -> str:
     """A row for each trained model: what it is, how it was trained, and its BLEU."""
     rows = result["rows"]
-    first = next(iter(rows.values()))
+    signatures = next(iter(rows.values()))["signatures"]
+    shown = [name for name in BLEUS if name in signatures]
     lines = [
         f"BLEU on {result['source']} ({result['sentences']} sentences, beam {result['beam_size']}), trained on "
-        f"{result['machine']['processor']}, {result['date']} (`python -m bench.quality`): as written "
-        f"`{first['signature']}`, in lower case `{first['signature_lower_cased']}`, and as papers on "
-        f"Multi30k report it, in lower case over Moses's tokens, `{first['signature_tokenised']}`.",
+        f"{result['machine']['processor']}, {result['date']} (`python -m bench.quality`): "
+        + "; ".join(f"{BLEUS[name]}, `{signatures[name]}`" for name in shown)
+        + ".",
         "",
-        "| layers | parameters | steps | averaged | minutes | target tokens a second | BLEU | lower case | Moses |",
-        "|---|--:|--:|--:|--:|--:|--:|--:|--:|",
+        "| layers | parameters | steps | averaged | minutes | target tokens a second | "
+        + " | ".join(BLEUS[name] for name in shown)
+        + " |",
+        "|---|" + "--:|" * (5 + len(shown)),
     ]
     for name, row in rows.items():
         lines.append(
             f"| {name} | {row['parameters'] / 1e6:.1f} million | {row['steps']} | {row['averaged']} | "
-            f"{row['minutes']} | {row['tokens_per_second']:,} | {row['bleu']:.2f} | {row['bleu_lower_cased']:.2f} | "
-            f"**{row['bleu_tokenised']:.2f}** |"
+            f"{row['minutes']} | {row['tokens_per_second']:,} | "
+            + " | ".join(f"{row[bleu]:.2f}" for bleu in shown)
+            + " |"
         )
     return "\n".join(lines)
 
