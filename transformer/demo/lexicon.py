@@ -86,6 +86,12 @@ def _people(lines: str) -> list[Person]:
     return [Person(*_split(line)) for line in lines.split(", ")]
 
 
+def _rivals(verb: str, adjectives: str) -> tuple[Verb, Adjective, Adjective]:
+    able, unable = _adjectives(adjectives)
+    english, past, present, participle, french = verb.split(" ")
+    return Verb(english, past, present, participle, french, "animal"), able, unable
+
+
 ANIMALS = _nouns(
     "animal",
     "animal animal, cat chat, dog chien, horse cheval, bird oiseau, rabbit lapin, fox renard, wolf loup, duck canard, "
@@ -132,15 +138,12 @@ VERBS = [
     Verb("steal", "stole", "steals", "volé", "vole", "food"),
 ]
 # What animals do to each other, what they are who can, and what they are who can't.
-RIVALS = [
-    (Verb(*verb.split(" "), "animal"), *_adjectives(adjectives))
-    for verb, adjectives in (
-        ("catch caught catches attrapé attrape", "fast rapide, slow lent -e"),
-        ("overtake overtook overtakes dépassé dépasse", "fast rapide, slow lent -e"),
-        ("beat beat beats battu bat", "strong fort -e, weak faible"),
-        ("push pushed pushes poussé pousse", "strong fort -e, weak faible"),
-        ("fool fooled fools trompé trompe", "clever malin maligne, stupid bête"),
-    )
+RIVALS: list[tuple[Verb, Adjective, Adjective]] = [
+    _rivals("catch caught catches attrapé attrape", "fast rapide, slow lent -e"),
+    _rivals("overtake overtook overtakes dépassé dépasse", "fast rapide, slow lent -e"),
+    _rivals("beat beat beats battu bat", "strong fort -e, weak faible"),
+    _rivals("push pushed pushes poussé pousse", "strong fort -e, weak faible"),
+    _rivals("fool fooled fools trompé trompe", "clever malin maligne, stupid bête"),
 ]
 # What somebody may want to do with a thing.
 WANTED = {
