@@ -53,7 +53,7 @@ gpu:  ## on a machine with a GPU, without network and into the current Python: G
 	if [ -n "$$OUT" ]; then cp -r bench/results "$$OUT" || status=$$?; fi; exit $$status
 
 sanitize: $(VENV)/.native  ## the CPU kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer
-	sh _build/sanitize.sh $(RUN)
+	sh _build/sanitize.sh $(RUN) -n auto
 
 sanitize-cuda: $(VENV)/.native  ## the CUDA kernels' tests in the emulator under those two, and under ThreadSanitizer
 	$(RUN) -m tests.csrc.sanitized asan
