@@ -57,7 +57,8 @@ sanitize: $(VENV)/.native  ## the CPU kernels' tests under AddressSanitizer and 
 
 sanitize-cuda: $(VENV)/.native  ## the CUDA kernels' tests in the emulator under those two, and under ThreadSanitizer
 	$(RUN) -m tests.csrc.sanitized asan
-	$(RUN) -m tests.csrc.sanitized tsan
+	@# Four processes: what ThreadSanitizer keeps of all threads there ever were takes more memory maps than one may have.
+	$(RUN) -m tests.csrc.sanitized tsan -n 4
 
 clean:  ## all that make made
 	rm -rf $(VENV) build dist *.egg-info kernels/_C.*.so .pytest_cache .mypy_cache .ruff_cache
