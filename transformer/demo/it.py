@@ -105,14 +105,15 @@ def first_that_links(
     """
     if tries < 1:
         raise ValueError(f"tries must be at least 1, got {tries}")
-    others: list[tuple[DemoResult, ItHeads]] = []
+    others: list[DemoResult] = []
     for seed_ in range(seed, seed + tries):
         result = train(seed_)
         found = it_heads(result, ("it",))
         if found.clear:
             return result, found, [*range(seed, seed_ + 1)]
-        others.append((result, it_heads(result)))
-    result, found = max(others, key=lambda one: (one[1].right / one[1].total, one[1].tired[0] + one[1].wide[0]))
+        others.append(result)
+    asked = [(result, it_heads(result)) for result in others]
+    result, found = max(asked, key=lambda one: (one[1].right / one[1].total, one[1].tired[0] + one[1].wide[0]))
     return result, found, [*range(seed, seed + tries)]
 
 

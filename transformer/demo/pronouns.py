@@ -1,7 +1,7 @@
 """Sentences whose French needs to know what *it* is.
 
     it       The animal didn't cross the street because it was too tired / wide: the noun that this can be said of
-    rivals   The cat (didn't) catch the mouse because it was too agile / clumsy: either could be, so both words decide
+    rivals   The cat (didn't) catch the mouse because it was too fast / slow: either could be, so both words decide
     wanted   The cat didn't cross the street because the dog wanted to see it: always the thing
 
 il or elle, le or la, and the form of "fatigué" follow the noun's gender. With the first kind alone a model need not
