@@ -194,7 +194,7 @@ def real_lengths(tokens: Tensor, padding_idx: int) -> Tensor:
     real = tokens != padding_idx
     lengths = real.sum(-1)
     if may_look(tokens):
-        before_end = torch.arange(tokens.shape[-1]) < lengths[:, None]
+        before_end = torch.arange(tokens.shape[-1], device=tokens.device) < lengths[:, None]
         if not torch.equal(before_end, real):
             row = int((before_end != real).any(-1).nonzero()[0])
             raise ValueError(f"row {row} has padding (token {padding_idx}) ahead of a token; pad right")
@@ -210,7 +210,7 @@ def lengths_if_padded_right(keep: Tensor) -> Tensor | None:
     if not may_look(keep):
         return None
     lengths = keep.sum(-1)
-    below = torch.arange(keep.shape[1]) < lengths[:, None]
+    below = torch.arange(keep.shape[1], device=keep.device) < lengths[:, None]
     return lengths if torch.equal(below, keep) else None
 
 

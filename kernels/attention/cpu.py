@@ -22,7 +22,7 @@ def refuses(q, k, v, mask: Mask, scale, dropout_p, seed) -> str | None:
 
 
 def forward(q, k, v, mask: Mask, scale, dropout_p, seed):
-    out, lse = torch.empty_like(q), torch.empty(q.shape[:-1], dtype=torch.float32)
+    out, lse = torch.empty_like(q), q.new_empty(q.shape[:-1], dtype=torch.float32)
     if mask.packed and int(mask.q_offsets[-1]) < q.shape[0]:  # tokens of no sequence
         out.zero_()
         lse.fill_(-torch.inf)
@@ -39,7 +39,7 @@ def backward(dout, q, k, v, out, lse, mask: Mask, scale, dropout_p, seed, wants_
     complete = mask.q_length > 0 and mask.k_length > 0 and not mask.packed
     dq = torch.empty_like(q) if complete else torch.zeros_like(q)
     dk, dv = (_padded(x) if complete else _padded(x).zero_() for x in (k, v))
-    dbias = torch.zeros(mask.bias.shape, dtype=torch.float32) if wants_dbias else None
+    dbias = mask.bias.new_zeros(mask.bias.shape, dtype=torch.float32) if wants_dbias else None
     if mask.k_length > 0:
         scratch = _scratch("backward", q)
         problem = native.problem(q, k, v, mask, scale, dropout_p, seed)
@@ -53,7 +53,7 @@ def backward(dout, q, k, v, out, lse, mask: Mask, scale, dropout_p, seed, wants_
 
 
 def weights(q, k, lse, mask: Mask, scale, dropout_p, seed):
-    probabilities = torch.empty((*q.shape[:3], mask.k_length), dtype=q.dtype)
+    probabilities = q.new_empty((*q.shape[:3], mask.k_length))
     scratch = _scratch("weights", q)
     problem = native.problem(q, k, k, mask, scale, dropout_p, seed)
     C.attention_weights(problem, native.statistics(lse), probabilities.data_ptr(), scratch.data_ptr())
@@ -65,8 +65,8 @@ def _padded(k: Tensor) -> Tensor:
     width = -(-k.shape[-1] // 16) * 16
     if width == k.shape[-1]:
         return torch.empty_like(k, dtype=torch.float32)
-    return torch.empty((*k.shape[:-1], width), dtype=torch.float32)
+    return k.new_empty((*k.shape[:-1], width), dtype=torch.float32)
 
 
 def _scratch(direction: str, q: Tensor) -> Tensor:
-    return torch.empty(C.attention_scratch(direction, q.shape[-1]), dtype=torch.float32)
+    return q.new_empty(C.attention_scratch(direction, q.shape[-1]), dtype=torch.float32)

@@ -73,14 +73,14 @@ def forward(
     shape, native = qkv.shape, _native.library()
     problem = _problem(shape, qkv.dtype, heads, causal, batch_first)
     batch, _, length, each, *_ = problem[0]
-    out = torch.empty((shape[0], shape[1], heads * each), dtype=qkv.dtype)
+    out = qkv.new_empty((shape[0], shape[1], heads * each))
     floats, wanted, rows = native.attention_scratch("forward", each), None, batch * heads * length
     if weights is not None:
         floats = max(floats, native.attention_scratch("weights", each))
         size = (batch, heads, length, length) if weights == "each" else (batch, length, length)
-        wanted = torch.empty(size, dtype=qkv.dtype)
+        wanted = qkv.new_empty(size)
     # at its end what nobody keeps: the statistics, and each head's weights where their mean is wanted
-    scratch = torch.empty(floats + rows + (rows * length if weights == "mean" else 0), dtype=torch.float32)
+    scratch = qkv.new_empty(floats + rows + (rows * length if weights == "mean" else 0), dtype=torch.float32)
     address = scratch.data_ptr()
     statistics = address + 4 * floats
     native.attention_of_qkv(
@@ -102,7 +102,7 @@ class SelfAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, qkv, heads: int, causal: bool, weights: Weights, batch_first: bool, dropout_p: float, seed):
         batch, length = qkv.shape[:2] if batch_first else qkv.shape[1::-1]
-        lse = torch.empty((batch, heads, length), dtype=torch.float32)
+        lse = qkv.new_empty((batch, heads, length), dtype=torch.float32)
         out, wanted = forward(qkv, heads, causal, weights, batch_first, dropout_p, seed, lse)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(qkv, out, lse, seed)
@@ -120,7 +120,7 @@ class SelfAttention(torch.autograd.Function):
             dout, dqkv = dout.contiguous(), torch.empty_like(qkv)
             problem = _problem(qkv.shape, qkv.dtype, heads, causal, batch_first)
             native = _native.library()
-            scratch = torch.empty(native.attention_scratch("backward", problem[0][3]), dtype=torch.float32)
+            scratch = qkv.new_empty(native.attention_scratch("backward", problem[0][3]), dtype=torch.float32)
             addresses = (x.data_ptr() for x in (qkv, out, lse, dout, dqkv, scratch))
             native.attention_of_qkv_backward(problem, _dropout(dropout_p, seed), *addresses)
         if dweights is not None:

@@ -19,9 +19,9 @@ def refuses(q, k_cache, v_cache, *_args) -> str | None:
 
 def forward(q, k_cache, v_cache, lengths, rows, causal: bool, scale: float, wants_lse: bool):
     out = torch.empty_like(q)
-    lse = torch.empty(q.shape[:3], dtype=torch.float32) if wants_lse else None
+    lse = q.new_empty(q.shape[:3], dtype=torch.float32) if wants_lse else None
     batch, heads, queries, width = q.shape
     floats = C.decode_attention_partial(batch, heads, queries, k_cache.shape[2], width)
-    partial = torch.empty(floats, dtype=torch.float32) if floats else None
+    partial = q.new_empty(floats, dtype=torch.float32) if floats else None
     C.decode_attention(*native.arguments(q, k_cache, v_cache, lengths, rows, causal, scale, out, lse, partial))
     return out, lse

@@ -17,9 +17,9 @@ def refuses(*_args) -> None:
 def forward(x: Tensor, decoder, cache: Tensor, length: int, memory, ancestors, memory_lengths, sources, beams: int):
     rows, width = x.shape
     heads, filled = decoder.num_heads, length + 1
-    own = torch.arange(rows, dtype=torch.int32)
+    own = torch.arange(rows, dtype=torch.int32, device=x.device)
     table = own[:, None].expand(-1, filled) if ancestors is None else ancestors[:, :filled]
-    where = torch.arange(rows // beams) if sources is None else sources
+    where = torch.arange(rows // beams, device=x.device) if sources is None else sources
 
     def norm(y: Tensor, parameters) -> Tensor:
         return F.layer_norm(y, (width,), *parameters, eps=decoder.eps)

@@ -51,7 +51,7 @@ def backward(dout: Tensor, tokens, vocabulary, scale, padding_idx, dropout_p, se
     count, width = tokens.numel(), dout.shape[-1]
     dout = dout.reshape(count, width)
     dtable = dout.new_empty(vocabulary, width)
-    scratch = torch.empty(count + vocabulary + 1, dtype=torch.int64)
+    scratch = tokens.new_empty(count + vocabulary + 1, dtype=torch.int64)
     _C.embedding_backward(
         ptr(dout),
         dout.stride(0),

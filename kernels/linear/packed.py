@@ -52,7 +52,7 @@ class PackedLinear:
         if weights == "int8" and not matrix.isfinite().all():
             raise ValueError("weights that are not finite cannot be rounded to int8")
         self.native = None
-        self._matrix = torch.empty(0)  # without the extension, all there is
+        self._matrix = torch.empty(0, device="cpu")  # without the extension, all there is
         try:
             pack = _native.library().pack_weight
         except ImportError:
@@ -70,7 +70,7 @@ class PackedLinear:
         """(N, K) float32: what the packed weights stand for."""
         if self.native is None:
             return self._matrix
-        out = torch.empty(self.out_features, self.in_features)
+        out = torch.empty(self.out_features, self.in_features, device="cpu")
         _native.library().unpack_weight(self.native, out.data_ptr())
         return out
 

@@ -75,7 +75,7 @@ class Keys:
 def _is_causal(mask: Tensor) -> bool:
     if mask.dtype != torch.bool or not may_look(mask):
         return False
-    return torch.equal(mask, torch.ones(mask.shape, dtype=torch.bool).triu(1))
+    return torch.equal(mask, torch.ones_like(mask).triu(1))
 
 
 def padded_rows(key_padding_mask: Tensor) -> Tensor:
