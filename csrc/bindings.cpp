@@ -5,6 +5,7 @@
 
 #include <memory>
 
+#include "common/direct.h"
 #include "common/isa.h"
 #include "common/pages.h"
 
@@ -21,6 +22,14 @@ void register_embedding(py::module_& m);
 void register_layer_norm(py::module_& m);
 void register_linear(py::module_& m);
 void register_log_softmax_top_k(py::module_& m);
+namespace direct {
+void add_attention(PyObject* module);
+void add_bias_act(PyObject* module);
+void add_cross_entropy(PyObject* module);
+void add_embedding(PyObject* module);
+void add_layer_norm(PyObject* module);
+void add_log_softmax_top_k(PyObject* module);
+}  // namespace direct
 }  // namespace fused
 
 namespace {
@@ -56,4 +65,15 @@ PYBIND11_MODULE(_C, m) {
   fused::register_layer_norm(m);
   fused::register_linear(m);
   fused::register_log_softmax_top_k(m);
+  try {
+    fused::direct::add_connect(m.ptr());
+    fused::direct::add_attention(m.ptr());
+    fused::direct::add_bias_act(m.ptr());
+    fused::direct::add_cross_entropy(m.ptr());
+    fused::direct::add_embedding(m.ptr());
+    fused::direct::add_layer_norm(m.ptr());
+    fused::direct::add_log_softmax_top_k(m.ptr());
+  } catch (const fused::direct::PythonError&) {
+    throw py::error_already_set();
+  }
 }

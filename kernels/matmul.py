@@ -26,6 +26,7 @@ if SETTING not in ("", "own", "torch"):
 QUICKER = _native.available() and SETTING != "torch" and (SETTING == "own" or _native.library().matmul_is_quicker())
 
 LEAST = 2**21  # multiply-adds: fewer take less time than the calls around them
+LEAST_ROWS = 16  # of x: the weights are put in order for the product, which fewer rows do not pay for
 
 
 def takes(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
@@ -37,6 +38,7 @@ def takes(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         and _is_matrix(x, None)
         and x.dim() >= 2
         and x.shape[-1] == weight.shape[1]
+        and x.numel() >= LEAST_ROWS * x.shape[-1]
         and (bias is None or (_is_matrix(bias, 1) and bias.shape == weight.shape[:1]))
         and not torch.is_autocast_enabled("cpu")
         and torch.autograd.forward_ad._current_level < 0

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from fused_transformer.kernels import _direct
 from fused_transformer.kernels._autocast import lowered
 from fused_transformer.kernels._autograd import once_differentiable
 from fused_transformer.kernels._checks import dense_last, require_dropout
@@ -19,6 +20,7 @@ from fused_transformer.kernels.attention.checks import check_statistics, check_t
 from fused_transformer.kernels.attention.mask import Causal, Mask, make_mask
 
 op = Op(__name__, order=("cuda", "triton", "cpu", "reference"))
+_direct_call = _direct.call("attention_direct")
 
 
 class _Attention(torch.autograd.Function):
@@ -121,6 +123,11 @@ def attention(
         on every run, whatever else is in the batch.
     Source: Vaswani et al. 2017, eq. 1; online softmax after Milakov and Gimelshein 2018, arXiv:1805.02867.
     """
+    if seed is None and dropout_p == 0.0 and not torch.compiler.is_compiling():
+        masks = (keep, bias, causal, window, k_lengths, q_offsets, k_offsets)
+        out = _direct_call(q, k, v, *masks, scale, False)
+        if out is not None:
+            return out
     return attention_with_lse(
         q,
         k,
@@ -163,8 +170,12 @@ def attention_with_lse(
         lse: float32 (float64 for float64 inputs), q's shape without the last axis; not differentiable.
             `attention_weights` takes it.
     """
+    masks = (keep, bias, causal, window, k_lengths, q_offsets, k_offsets)
+    if seed is None and dropout_p == 0.0 and not torch.compiler.is_compiling():
+        both = _direct_call(q, k, v, *masks, scale, True)
+        if both is not None:
+            return both
     if routed(q):
-        masks = (keep, bias, causal, window, k_lengths, q_offsets, k_offsets)
         return compiled.attention(q, k, v, *masks, scale, dropout_p, seed)
     if torch._C._is_any_autocast_enabled():
         q, k, v = lowered(q, k, v)

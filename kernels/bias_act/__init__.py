@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from fused_transformer.kernels import _direct
 from fused_transformer.kernels._autograd import once_differentiable
 from fused_transformer.kernels._checks import require_dropout
 from fused_transformer.kernels._compile import routed
@@ -18,6 +19,7 @@ from fused_transformer.kernels.bias_act.checks import ACTIVATIONS, check
 __all__ = ["ACTIVATIONS", "bias_act", "has_kernel", "op"]
 
 op = Op(__name__, order=("cuda", "triton", "cpu", "reference"))
+_direct_call = _direct.call("bias_act_direct")
 
 
 class _BiasAct(torch.autograd.Function):
@@ -78,6 +80,10 @@ def bias_act(
     Backward: dx, dbias; the mask is drawn again, not stored; the same bits on every run. Once differentiable.
     Source: Vaswani et al. 2017, eq. 2; Hendrycks and Gimpel 2016, arXiv:1606.08415, eq. 1-2.
     """
+    if seed is None and dropout_p == 0.0 and not torch.compiler.is_compiling():
+        y = _direct_call(x, bias, activation)
+        if y is not None:
+            return y
     if routed(x):
         return compiled.bias_act(x, bias, seed, activation, float(dropout_p))
     check(x, bias, activation)

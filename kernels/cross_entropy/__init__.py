@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from fused_transformer.kernels import _direct
 from fused_transformer.kernels._autograd import once_differentiable
 from fused_transformer.kernels._checks import dense_last, require
 from fused_transformer.kernels._compile import routed
@@ -16,6 +17,7 @@ from fused_transformer.kernels.cross_entropy.checks import check_range, check_re
 __all__ = ["cross_entropy", "has_kernel", "op"]
 
 op = Op(__name__, order=("cuda", "triton", "cpu", "reference"))
+_direct_call = _direct.call("cross_entropy_direct")
 
 
 class _CrossEntropy(torch.autograd.Function):
@@ -93,6 +95,10 @@ def cross_entropy(
         2022, arXiv:2204.02311, section 5.
     """
     check_reduction(reduction)
+    if not torch.compiler.is_compiling():
+        loss = _direct_call(logits, targets, label_smoothing, smoothing, z_loss, ignore_index, reduction)
+        if loss is not None:
+            return loss
     if routed(logits):
         options = (float(label_smoothing), smoothing, float(z_loss), int(ignore_index))
         losses = compiled.losses_and_statistics(logits, targets, *options)[0]

@@ -7,18 +7,21 @@ import math
 import torch
 from torch import Tensor
 
+from fused_transformer.kernels import _direct
 from fused_transformer.kernels._autograd import once_differentiable
 from fused_transformer.kernels._checks import dense_last, require_dropout
 from fused_transformer.kernels._compile import routed
 from fused_transformer.kernels._dispatch import Op
 from fused_transformer.kernels._philox import new_seed
 from fused_transformer.kernels.embedding import compiled
+from fused_transformer.kernels.embedding import positions as tables
 from fused_transformer.kernels.embedding.checks import check_tensors
 from fused_transformer.kernels.embedding.positions import Layout, Positions, make_positions, sinusoidal_positions
 
 __all__ = ["embedding", "op", "sinusoidal_positions"]
 
 op = Op(__name__, order=("cuda", "triton", "cpu", "reference"))
+_direct_call = _direct.call("embedding_direct")
 
 
 class _Embedding(torch.autograd.Function):
@@ -84,6 +87,10 @@ def embedding(
         the tokens alone decide: the same bits on every run and with any number of threads.
     Source: Vaswani et al. 2017, sections 3.4 and 3.5.
     """
+    if seed is None and dropout_p == 0.0 and position_ids is None and not torch.compiler.is_compiling():
+        out = _direct_call(tokens, table, positions, tables.TABLES, scale, start, padding_idx)
+        if out is not None:
+            return out
     if routed(table):
         return compiled.embedding(tokens, table, positions, scale, start, position_ids, padding_idx, dropout_p, seed)
     padding_idx = check_tensors(tokens, table, padding_idx)

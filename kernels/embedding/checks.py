@@ -21,6 +21,8 @@ def check_tensors(tokens: Tensor, table: Tensor, padding_idx: int | None) -> int
         raise ValueError(f"tokens must be on {table.device}, as table is, got {tokens.device}")
     if padding_idx is None:
         return None
+    if not isinstance(padding_idx, int):
+        raise TypeError(f"padding_idx must be an int or None, got {type(padding_idx).__name__}")
     vocabulary = table.shape[0]
     fits = -vocabulary <= padding_idx < vocabulary
     require(fits, f"padding_idx must be within the vocabulary of {vocabulary}, got {padding_idx}")

@@ -18,7 +18,7 @@ LAYOUTS = ("interleaved", "concat_t2t", "concat_paper")
 _LARGEST_TABLE_BYTES = 2**28
 _SMALLEST_TABLE_ROWS = 512
 
-_tables: dict[tuple[str, int, torch.device], Tensor] = {}
+TABLES: dict[tuple[str, int, torch.device], Tensor] = {}
 
 
 def frequencies(layout: str, width: int, device: torch.device) -> Tensor:
@@ -87,14 +87,14 @@ class Positions:
 def cached_table(layout: str, width: int, rows: int, device: torch.device) -> Tensor | None:
     """A float32 table of at least `rows` rows, doubled as it is outgrown; None where it would be too large to keep."""
     key = (layout, width, device)
-    table = _tables.get(key)
+    table = TABLES.get(key)
     if table is None or len(table) < rows:
         grown = 1 << (max(rows, _SMALLEST_TABLE_ROWS) - 1).bit_length()
         if 4 * grown * width > _LARGEST_TABLE_BYTES:
             return None
         with torch.inference_mode(False):
             table = sinusoids(torch.arange(grown, device=device), width, layout).float()
-        _tables[key] = table
+        TABLES[key] = table
     return table
 
 

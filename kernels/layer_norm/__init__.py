@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from fused_transformer.kernels import _direct
 from fused_transformer.kernels._autocast import widened
 from fused_transformer.kernels._autograd import once_differentiable
 from fused_transformer.kernels._checks import require_dropout
@@ -16,6 +17,7 @@ from fused_transformer.kernels.layer_norm import compiled
 from fused_transformer.kernels.layer_norm.checks import Wanted, check_eps, check_tensors
 
 op = Op(__name__, order=("cuda", "triton", "cpu", "reference"))
+_direct_call = _direct.call("layer_norm_direct")
 
 
 class _LayerNorm(torch.autograd.Function):
@@ -188,6 +190,10 @@ def add_rms_norm_with_total(
 
 
 def _run(x, residual, x_bias, weight, bias, seed, eps, dropout_p, *, rms: bool, wants_total: bool):
+    if seed is None and dropout_p == 0.0 and not torch.compiler.is_compiling():
+        result = _direct_call(x, residual, x_bias, weight, bias, eps, rms, wants_total)
+        if result is not None:
+            return result
     if routed(x):
         return compiled.layer_norm(x, residual, x_bias, weight, bias, seed, eps, dropout_p, rms, wants_total)
     if torch._C._is_any_autocast_enabled():

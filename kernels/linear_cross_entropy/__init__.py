@@ -5,9 +5,11 @@ from __future__ import annotations
 from contextlib import AbstractContextManager
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from fused_transformer.kernels import _direct, matmul
 from fused_transformer.kernels._autograd import once_differentiable
 from fused_transformer.kernels._compile import routed
 from fused_transformer.kernels._dispatch import Op
@@ -17,7 +19,10 @@ from fused_transformer.kernels.linear_cross_entropy.checks import checked_tensor
 
 __all__ = ["has_kernel", "linear_cross_entropy", "op"]
 
+CHUNK_ROWS = 128  # tokens whose logits are one chunk, whatever the vocabulary
+
 op = Op(__name__, order=("cpu", "reference"))
+_direct_is_ready, _direct_losses = _direct.call("direct_is_ready"), _direct.call("cross_entropy_direct")
 
 
 class _Total(torch.autograd.Function):
@@ -122,6 +127,13 @@ def linear_cross_entropy(
     Backward: dhidden, dweight, dbias; the same bits on every run. Once differentiable.
     Source: as `cross_entropy`; the chunks are those of Hsu et al. 2024 (Liger Kernel), arXiv:2410.10989, section 3.2.
     """
+    if not torch.compiler.is_compiling():
+        logits = _logits_of_few(hidden, weight, bias)
+        if logits is not None:
+            options = (label_smoothing, smoothing, z_loss, ignore_index, reduction)
+            loss = _direct_losses(logits, targets, *options)
+            if loss is not None:
+                return loss
     check_reduction(reduction)
     options = (label_smoothing, smoothing, z_loss, ignore_index)
     if routed(hidden):
@@ -141,6 +153,27 @@ def linear_cross_entropy(
         with _without_autocast(hidden):
             losses = op.pick(*arguments).forward(*arguments)
     return _reduced(losses.view(targets.shape), targets, ignore_index, reduction)
+
+
+def _logits_of_few(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
+    """The logits where they are one chunk anyway and nobody differentiates: the fewer steps, the quicker. Else None.
+
+    What does not fit is left to those who say what is wrong with it.
+    """
+    if type(hidden) is not Tensor or not hidden.is_cpu or hidden.dtype != torch.float32 or hidden.dim() < 1:
+        return None
+    width = hidden.shape[-1]
+    few = 0 < hidden.numel() <= CHUNK_ROWS * width
+    if not few or not isinstance(weight, Tensor) or weight.dim() != 2 or weight.shape[1] != width:
+        return None
+    tensors = (hidden, weight) if bias is None else (hidden, weight, bias)
+    if not all(isinstance(x, Tensor) and x.is_cpu and x.dtype == torch.float32 for x in tensors):
+        return None
+    if bias is not None and bias.shape != weight.shape[:1]:
+        return None
+    if (torch.is_grad_enabled() and any(x.requires_grad for x in tensors)) or not _direct_is_ready():
+        return None
+    return (matmul.linear if matmul.takes(hidden, weight, bias) else F.linear)(hidden, weight, bias)
 
 
 def has_kernel(hidden: Tensor, weight: Tensor) -> bool:

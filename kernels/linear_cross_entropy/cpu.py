@@ -15,12 +15,12 @@ from torch import Tensor
 
 from fused_transformer.kernels import _native, matmul
 from fused_transformer.kernels.cross_entropy import op as cross_entropy
+from fused_transformer.kernels.linear_cross_entropy import CHUNK_ROWS
 from fused_transformer.kernels.linear_cross_entropy.operands import operand
 
 _C = _native.library()
 
 CHUNK_BYTES = 2**24  # of logits: at least as many, for products whose rows are worth the reading of weight
-CHUNK_ROWS = 128
 SUMMED_ROWS = 4096  # of a 16-bit product at a time: torch makes a float32 copy of what it adds to a float32 sum
 
 
@@ -95,7 +95,7 @@ def _chunks(hidden: Tensor, weight: Tensor, dtype: torch.dtype, least: int):
 
 
 def _product(rows: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
-    if matmul.QUICKER and out.dtype == torch.float32:
+    if matmul.QUICKER and out.dtype == torch.float32 and len(rows) >= matmul.LEAST_ROWS:
         matmul.product(rows, weight, bias, out=out)
     elif bias is None:
         torch.mm(rows, weight.t(), out=out)

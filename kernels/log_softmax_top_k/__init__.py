@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
+from fused_transformer.kernels import _direct
 from fused_transformer.kernels._compile import routed
 from fused_transformer.kernels._dispatch import Op
 from fused_transformer.kernels.log_softmax_top_k import compiled
 from fused_transformer.kernels.log_softmax_top_k.checks import check_no_gradient, checked
 
 op = Op(__name__, order=("cuda", "triton", "cpu", "reference"))
+_direct_call = _direct.call("log_softmax_top_k_direct")
 
 
 def log_softmax_top_k(logits: Tensor, k: int, *, beams: int = 1, addend: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -45,6 +48,10 @@ def log_softmax_top_k(logits: Tensor, k: int, *, beams: int = 1, addend: Tensor 
         of plain torch. Which of two beams comes first can differ between backends where their values differ by less. A
         sentence's result does not depend on the others; the same bits on every run.
     """
+    if not torch.compiler.is_compiling():
+        both = _direct_call(logits, k, beams, addend)
+        if both is not None:
+            return both
     if routed(logits):
         return compiled.log_softmax_top_k(logits, k, beams, addend)
     check_no_gradient(logits, addend)

@@ -193,23 +193,23 @@ def test_positions_beyond_any_table():
 )
 def test_a_table_too_large_to_keep_changes_nothing(options, rows, monkeypatch):
     tensors, _ = make(Case("x", shape=(3, 5), width=20))
-    monkeypatch.setattr(positions, "_tables", {})
+    monkeypatch.setattr(positions, "TABLES", {})
     kept = embedding(**tensors, **options)
-    assert [len(table) for table in positions._tables.values()] == [rows]
+    assert [len(table) for table in positions.TABLES.values()] == [rows]
     monkeypatch.setattr(positions, "_LARGEST_TABLE_BYTES", 1000)
-    monkeypatch.setattr(positions, "_tables", {})
+    monkeypatch.setattr(positions, "TABLES", {})
     computed = embedding(**tensors, **options)
-    assert not positions._tables
+    assert not positions.TABLES
     assert torch.equal(kept, computed)
 
 
 def test_the_kept_table_grows(monkeypatch):
-    monkeypatch.setattr(positions, "_tables", {})
+    monkeypatch.setattr(positions, "TABLES", {})
     table = torch.zeros(1, 6)
     for length in (3, 512, 513, 2000, 10):
         got = embedding(torch.zeros(2, length, dtype=torch.long), table)
         assert torch.equal(got[1], sinusoidal_positions(length, 6))
-    assert [len(kept) for kept in positions._tables.values()] == [2048]
+    assert [len(kept) for kept in positions.TABLES.values()] == [2048]
 
 
 # ---------------------------------------------------------------- errors

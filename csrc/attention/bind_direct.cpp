@@ -1,0 +1,143 @@
+// Attention as a direct call (common/direct.h). What `attention` in kernels/attention says of its arguments is checked
+// here in the same words' meaning: what does not fit is left to the long way, which has the words.
+
+#include <omp.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+#include "../common/direct.h"
+#include "attention.h"
+#include "scratch.h"
+
+namespace fused::direct {
+namespace {
+
+bool causal(PyObject* argument, Causal& out) {
+  if (argument == Py_False) return true;
+  if (!PyUnicode_CheckExact(argument)) return false;
+  if (PyUnicode_CompareWithASCIIString(argument, "top_left") == 0) {
+    out = Causal::top_left;
+    return true;
+  }
+  if (PyUnicode_CompareWithASCIIString(argument, "bottom_right") == 0) {
+    out = Causal::bottom_right;
+    return true;
+  }
+  return false;
+}
+
+bool window(PyObject* argument, Attention& args) {
+  if (argument == Py_None) return true;
+  return PyTuple_CheckExact(argument) && PyTuple_GET_SIZE(argument) == 2 &&
+         integer(PyTuple_GET_ITEM(argument, 0), args.window_left) &&
+         integer(PyTuple_GET_ITEM(argument, 1), args.window_right) && args.window_left >= -1 && args.window_right >= -1;
+}
+
+// A mask that broadcasts to (B, H, L, S), aligned at its last axis.
+bool scores(const View& x, const Attention& args, Scores& out) {
+  if (x.ndim > 4) return false;
+  const int64_t full[4] = {args.B, args.H, args.L, args.S};
+  for (int axis = 4 - x.ndim; axis < 4; ++axis) {
+    const int own = axis - (4 - x.ndim);
+    if (x.shape[own] != 1 && x.shape[own] != full[axis]) return false;
+    out.stride[axis] = x.shape[own] == 1 ? 0 : x.stride[own];
+  }
+  out.data = x.data;
+  return true;
+}
+
+// (B,) lengths, none beyond `most`.
+bool lengths(const View& x, int64_t batch, int64_t most, const int64_t*& out) {
+  if (x.element != Element::i64 || !x.is_vector(batch)) return false;
+  out = static_cast<const int64_t*>(x.data);
+  return std::all_of(out, out + batch, [&](int64_t length) { return length >= 0 && length <= most; });
+}
+
+// (B + 1,) offsets that cover all `tokens`; `longest`: of the sequences between them.
+bool offsets(const View& x, int64_t tokens, const int64_t*& out, int64_t& longest) {
+  if (x.element != Element::i64 || x.ndim != 1 || x.shape[0] < 2 || !x.dense_last()) return false;
+  out = static_cast<const int64_t*>(x.data);
+  longest = 0;
+  for (int64_t i = 1; i < x.shape[0]; ++i) {
+    if (out[i] < out[i - 1]) return false;
+    longest = std::max(longest, out[i] - out[i - 1]);
+  }
+  return out[0] == 0 && out[x.shape[0] - 1] == tokens;
+}
+
+Rows rows(const View& x) {  // (B, H, L, D), or packed (T, H, D)
+  if (x.ndim == 4) return {x.data, x.stride[0], x.stride[1], x.stride[2]};
+  return {x.data, 0, x.stride[1], x.stride[0]};
+}
+
+// q, k, v and what the masks are measured against.
+bool sizes(const View& q, const View& k, const View& v, const View& q_offsets, const View& k_offsets,
+           AttentionForward& args) {
+  const bool packed = q_offsets.given();
+  if (!q.floating() || k.element != q.element || v.element != q.element || q.ndim != (packed ? 3 : 4) ||
+      k.ndim != q.ndim || !k.same_shape(v) || q.last() != k.last() || q.last() < 1 || q.last() > kMaxHeadWidth)
+    return false;
+  if (!q.dense_last() || !k.dense_last() || !v.dense_last() || q.count() == 0 || k.count() == 0) return false;
+  args.H = q.shape[1], args.Hk = k.shape[1], args.D = q.last();
+  args.dtype = q.dtype();
+  args.q = rows(q), args.k = rows(k), args.v = rows(v);
+  if (args.H % args.Hk != 0) return false;
+  if (!packed) {
+    args.B = q.shape[0], args.L = q.shape[2], args.S = k.shape[2];
+    return k.shape[0] == args.B && !k_offsets.given();
+  }
+  args.B = q_offsets.ndim == 1 ? q_offsets.shape[0] - 1 : 0;
+  const View& of_keys = k_offsets.given() ? k_offsets : q_offsets;
+  return offsets(q_offsets, q.shape[0], args.q_offsets, args.L) && of_keys.same_shape(q_offsets) &&
+         offsets(of_keys, k.shape[0], args.k_offsets, args.S);
+}
+
+// (q, k, v, keep, bias, causal, window, k_lengths, q_offsets, k_offsets, scale, wants_lse): as attention_with_lse has
+// them. Returns out, or (out, lse).
+PyObject* attention(PyObject* const* arguments) {
+  View q, k, v, keep, bias, k_lengths, q_offsets, k_offsets;
+  if (!view(arguments[0], q) || !view(arguments[1], k) || !view(arguments[2], v) ||
+      !view_or_absent(arguments[3], keep) || !view_or_absent(arguments[4], bias) ||
+      !view_or_absent(arguments[7], k_lengths) || !view_or_absent(arguments[8], q_offsets) ||
+      !view_or_absent(arguments[9], k_offsets))
+    return nullptr;
+  AttentionForward args;
+  if (!sizes(q, k, v, q_offsets, k_offsets, args)) return nullptr;
+  // masks of packed batches may be larger than the longest sequence
+  if (q_offsets.given() && (keep.given() || bias.given())) return nullptr;
+  if (keep.given() && (keep.element != Element::boolean || !scores(keep, args, args.keep))) return nullptr;
+  if (bias.given() && (!bias.floating() || !scores(bias, args, args.bias))) return nullptr;
+  if (bias.given()) args.bias_dtype = bias.dtype();
+  if (!causal(arguments[5], args.causal) || !window(arguments[6], args)) return nullptr;
+  if (k_lengths.given() && !lengths(k_lengths, args.B, args.S, args.k_lengths)) return nullptr;
+  double scale = 1.0 / std::sqrt(double(args.D));
+  if (arguments[10] != Py_None && !number(arguments[10], scale)) return nullptr;
+  args.scale = float(scale);
+  if (!ready()) return nullptr;
+
+  const bool wants_lse = arguments[11] == Py_True;
+  Output out = empty_like(arguments[0], false);
+  Output lse = wants_lse ? empty(arguments[0], q.shape, q.ndim - 1, Element::f32) : Output{Ref(nullptr), View{}};
+  args.out = rows(out.view);
+  const int64_t floats = cpu::forward_scratch(args.D) * omp_get_max_threads(), statistics = q.count() / args.D;
+  args.scratch = scratch(floats + (wants_lse ? 0 : statistics));
+  const bool packed = q_offsets.given();
+  float* logarithms = wants_lse ? static_cast<float*>(lse.view.data) : args.scratch + floats;
+  args.lse = packed ? Rows{logarithms, 0, 1, args.H} : Rows{logarithms, args.H * args.L, args.L, 1};
+  {
+    const Released released;
+    cpu::attention_forward(args);
+  }
+  if (!wants_lse) return out.tensor.release();
+  PyObject* both = PyTuple_Pack(2, out.tensor.get(), lse.tensor.get());
+  if (both == nullptr) throw PythonError{};
+  return both;
+}
+
+}  // namespace
+
+void add_attention(PyObject* module) { add(module, "attention_direct", &attention, 12); }
+
+}  // namespace fused::direct
