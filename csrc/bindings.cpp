@@ -5,7 +5,7 @@
 
 #include <memory>
 
-#include "common/direct.h"
+#include "common/bind_direct.h"
 #include "common/isa.h"
 #include "common/pages.h"
 

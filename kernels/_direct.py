@@ -1,4 +1,4 @@
-"""Connects torch with the direct calls of the compiled extension (csrc/common/direct.h).
+"""Connects torch with the direct calls of the compiled extension (csrc/common/bind_direct.h).
 
 A direct call takes tensors and returns the op's result, or None where it is not for it: then nothing was done, and the
 op goes the long way. It must not be reached while torch.compile traces.
@@ -16,11 +16,14 @@ from torch.autograd import forward_ad
 from fused_transformer.kernels import _dispatch, _native
 
 
-def _connected() -> bool:
-    table = getattr(Tensor, "__dlpack_c_exchange_api__", None)  # torch 2.10 and later
-    if table is None or not _native.available():
-        return False
-    return _native.library().connect(
+def _connected() -> str | None:
+    """None, or why there are no direct calls."""
+    table = getattr(Tensor, "__dlpack_c_exchange_api__", None)
+    if not _native.available():
+        return "the compiled extension is missing"
+    if table is None:
+        return "torch exports its tensors' memory from 2.10 on"
+    connected = _native.library().connect(
         table,
         Tensor,
         torch.nn.Parameter,
@@ -38,15 +41,16 @@ def _connected() -> bool:
         torch.float32,
         torch.int64,
     )
+    return None if connected else "this torch's table of tensors is of another version"
 
 
 def _never(*_args) -> None:
     return None
 
 
-CONNECTED = _connected()
+WHY_NONE = _connected()
 
 
 def call(name: str) -> Callable[..., Any]:
     """The direct call of that name; one that is for nothing, where there are none."""
-    return getattr(_native.library(), name) if CONNECTED else _never
+    return getattr(_native.library(), name) if WHY_NONE is None else _never

@@ -13,9 +13,8 @@ from fused_transformer.config import TransformerConfig
 from fused_transformer.embedding import TokenEmbedding
 from fused_transformer.incremental import DecoderState, new_state
 from fused_transformer.kernels import attention, layer_norm
-from fused_transformer.kernels.decoder_step import Norm, PackedDecoder, PackedLayer, decoder_step
+from fused_transformer.kernels.decoder_step import Norm, PackedDecoder, PackedLayer, decoder_step, memory_of
 from fused_transformer.kernels.linear import WEIGHTS, PackedLinear, linear
-from fused_transformer.kernels.memory import empty_pages
 from fused_transformer.layers import DecoderLayer, EncoderLayer
 from fused_transformer.masks import real_lengths
 from fused_transformer.model import Transformer
@@ -70,7 +69,7 @@ class PackedTransformer:
             activation=config.activation,
             final_norm=None if model.decoder.norm is None else _norm(model.decoder.norm),
         )
-        self._memory = [self._memory_projection(layer.multihead_attn) for layer in layers]
+        self._memory = self._memory_projection([layer.multihead_attn for layer in layers])
         projection = model.output_projection
         table = self._target.weight if projection is None else projection.weight
         self._output = self._pack(table, None if projection is None else projection.bias)
@@ -78,7 +77,7 @@ class PackedTransformer:
     @property
     def nbytes(self) -> int:
         encoder = sum(x.nbytes for layer in self._encoder for x in layer[:4])
-        return encoder + self._decoder.nbytes + sum(x.nbytes for x in self._memory) + self._output.nbytes
+        return encoder + self._decoder.nbytes + self._memory.nbytes + self._output.nbytes
 
     def eval(self) -> PackedTransformer:
         """Nothing: it has no other mode."""
@@ -134,13 +133,9 @@ class PackedTransformer:
         """As `Transformer.start`."""
         packing = packing_if_worth_it(memory_lengths, memory)
         rows = memory.flatten(0, 1) if packing is None else packing.pack(memory)
-        (batch, length), heads, layers = memory.shape[:2], self._heads, len(self._memory)
-        projected = empty_pages(layers, 2, batch, heads, length, memory.shape[2] // heads, like=memory)
-        for layer, both in zip(self._memory, projected, strict=True):
-            y = linear(rows, layer)
-            y = y.view(batch, length, -1) if packing is None else packing.unpack(y)
-            both.copy_(y.view(batch, length, 2, heads, -1).permute(2, 0, 3, 1, 4))
-        return new_state([(both[0], both[1]) for both in projected], memory, memory_lengths, beam_size)
+        offsets = None if packing is None else packing.offsets
+        projected = memory_of(rows, self._memory, self._heads, memory.shape[0], memory.shape[1], offsets)
+        return new_state(projected, memory, memory_lengths, beam_size)
 
     @torch.no_grad()
     def step(self, tokens: Tensor, state: DecoderState) -> Tensor:
@@ -196,9 +191,12 @@ class PackedTransformer:
             norms=norms,
         )
 
-    def _memory_projection(self, attn: MultiheadAttention) -> PackedLinear:
-        width, bias = self.config.d_model, attn.in_proj_bias
-        return self._pack(attn.in_proj_weight[width:], None if bias is None else bias[width:])
+    def _memory_projection(self, attentions: list[MultiheadAttention]) -> PackedLinear:
+        """Of all layers, so that one product makes their keys and values."""
+        width = self.config.d_model
+        weight = torch.cat([attn.in_proj_weight[width:] for attn in attentions])
+        biases = [attn.in_proj_bias for attn in attentions]
+        return self._pack(weight, None if biases[0] is None else torch.cat([bias[width:] for bias in biases]))
 
     # ---------------------------------------------------------------- the encoder's layers
 

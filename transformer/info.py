@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import torch
 
-from fused_transformer.kernels import BACKENDS, OPS, _native, matmul
+from fused_transformer.kernels import BACKENDS, OPS, _direct, _native, matmul
 
 GPU_BACKENDS = ("cuda", "triton")
 
@@ -31,6 +31,7 @@ def report() -> str:
         "triton": _version("triton"),
         "machine": _machine(),
         "cpu kernels": _cpu(),
+        "direct calls": "yes" if _direct.WHY_NONE is None else f"no: {_direct.WHY_NONE}",
         "float32 products": "this package's own" if matmul.QUICKER else "torch's",
         "cuda kernels": _cuda(),
         "cuda device": _device(),

@@ -1,5 +1,5 @@
-// Attention as a direct call (common/direct.h). What `attention` in kernels/attention says of its arguments is checked
-// here in the same words' meaning: what does not fit is left to the long way, which has the words.
+// Attention as a direct call (common/bind_direct.h). What `attention` in kernels/attention says of its arguments is
+// checked here in the same words' meaning: what does not fit is left to the long way, which has the words.
 
 #include <omp.h>
 
@@ -7,7 +7,7 @@
 #include <cmath>
 #include <cstring>
 
-#include "../common/direct.h"
+#include "../common/bind_direct.h"
 #include "attention.h"
 #include "scratch.h"
 

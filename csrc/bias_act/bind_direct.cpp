@@ -1,6 +1,6 @@
-// Bias and activation as a direct call (common/direct.h).
+// Bias and activation as a direct call (common/bind_direct.h).
 
-#include "../common/direct.h"
+#include "../common/bind_direct.h"
 #include "bias_act.h"
 
 namespace fused::direct {

@@ -1,4 +1,4 @@
-#include "direct.h"
+#include "bind_direct.h"
 
 #include <cstdlib>
 #include <memory>

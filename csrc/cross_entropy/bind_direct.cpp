@@ -1,8 +1,8 @@
-// Cross entropy as a direct call (common/direct.h).
+// Cross entropy as a direct call (common/bind_direct.h).
 
 #include <numeric>
 
-#include "../common/direct.h"
+#include "../common/bind_direct.h"
 #include "cross_entropy.h"
 
 namespace fused::direct {

@@ -7,6 +7,7 @@
 
 #include "../common/bind.h"
 #include "decoder_step.h"
+#include "memory.h"
 
 namespace py = pybind11;
 
@@ -56,6 +57,16 @@ Decoder make_decoder(int64_t E, int64_t H, bool norm_first, float eps, int activ
 }  // namespace
 
 void register_decoder_step(py::module_& m) {
+  m.def(
+      "place_memory",
+      [](const std::array<int64_t, 5>& sizes, uintptr_t rows, uintptr_t offsets, uintptr_t out) {
+        cpu::PlaceMemory args;
+        args.parts = sizes[0], args.B = sizes[1], args.H = sizes[2], args.S = sizes[3], args.D = sizes[4];
+        args.rows = at(rows), args.offsets = at(offsets), args.out = at(out);
+        py::gil_scoped_release release;
+        cpu::place_memory(args);
+      },
+      "sizes: parts, B, H, S, D.");
   py::class_<Decoder>(m, "Decoder", "A Transformer's decoder with packed weights.")
       .def(py::init(&make_decoder))
       .def(

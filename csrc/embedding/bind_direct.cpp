@@ -1,9 +1,9 @@
-// The embedding as a direct call (common/direct.h).
+// The embedding as a direct call (common/bind_direct.h).
 
 #include <cmath>
 #include <vector>
 
-#include "../common/direct.h"
+#include "../common/bind_direct.h"
 #include "embedding.h"
 
 namespace fused::direct {

@@ -1,6 +1,6 @@
-// Layer norm as a direct call (common/direct.h).
+// Layer norm as a direct call (common/bind_direct.h).
 
-#include "../common/direct.h"
+#include "../common/bind_direct.h"
 #include "layer_norm.h"
 
 namespace fused::direct {

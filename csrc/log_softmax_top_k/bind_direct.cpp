@@ -1,6 +1,6 @@
-// Log-softmax and top-k as a direct call (common/direct.h).
+// Log-softmax and top-k as a direct call (common/bind_direct.h).
 
-#include "../common/direct.h"
+#include "../common/bind_direct.h"
 #include "log_softmax_top_k.h"
 
 namespace fused::direct {

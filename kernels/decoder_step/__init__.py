@@ -8,9 +8,10 @@ from torch import Tensor
 
 from fused_transformer.kernels._dispatch import Op
 from fused_transformer.kernels.decoder_step.checks import checked
+from fused_transformer.kernels.decoder_step.memory import memory_of
 from fused_transformer.kernels.decoder_step.packed import Norm, PackedDecoder, PackedLayer
 
-__all__ = ["Norm", "PackedDecoder", "PackedLayer", "decoder_step", "op"]
+__all__ = ["Norm", "PackedDecoder", "PackedLayer", "decoder_step", "memory_of", "op"]
 
 op = Op(__name__, order=("cpu", "reference"))
 

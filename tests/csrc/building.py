@@ -145,8 +145,8 @@ def _binding(op: str, csrc: Path) -> Iterator[Object]:
     flags = (*KERNEL_FLAGS, "-O0", "-fopenmp")
     folders = (pybind11.get_include(), sysconfig.get_paths()["include"])
     versions = (f"pybind11 {pybind11.__version__}", f"Python {sys.version}")
-    for source in sorted((csrc / op).glob("bind*.cpp")):
-        yield Object(source, flags, csrc, folders=folders, versions=versions)
+    # not bind_direct.cpp, which is for CPU tensors alone
+    yield Object(csrc / op / "bind.cpp", flags, csrc, folders=folders, versions=versions)
     register = (*flags, f"-DFT_REGISTER=register_{op}")
     yield Object(EMULATOR / "module.cpp", register, csrc, f"module.{op}", folders, versions)
 

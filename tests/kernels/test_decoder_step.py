@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.testing import assert_close
 
 from fused_transformer.kernels import _native, use_backend
-from fused_transformer.kernels.decoder_step import Norm, PackedDecoder, PackedLayer, decoder_step
+from fused_transformer.kernels.decoder_step import Norm, PackedDecoder, PackedLayer, decoder_step, memory_of
 from fused_transformer.kernels.linear import PackedLinear
-from tests.inputs import lesser_isas, run_tests_with_isa, running_on, threads
+from tests.inputs import lesser_isas, normal, run_tests_with_isa, running_on, threads
 from tests.oracle import assert_equal
 
 HEADS, DEPTH, ROOM, SOURCES, LONGEST = 3, 2, 9, 4, 7
@@ -210,3 +211,27 @@ def test_every_instruction_set(isa):
     if isa not in lesser_isas():
         pytest.skip(f"this run is of {isa} or below")
     run_tests_with_isa(isa, __file__, "-k", "not instruction_set")
+
+
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("layers,heads,width", [(1, 2, 8), (3, 4, 20)])
+def test_memory_of_all_layers(packed, layers, heads, width):
+    torch.manual_seed(0)
+    batch, length = 4, 7
+    lengths = [7, 0, 3, 5] if packed else [length] * batch
+    offsets = torch.tensor([0, *lengths]).cumsum(0)
+    rows, weight, bias = normal(sum(lengths), width), normal(2 * layers * width, width), normal(2 * layers * width)
+    projection = PackedLinear(weight, bias)
+    got = memory_of(rows, projection, heads, batch, length, offsets if packed else None)
+    with use_backend("reference"):
+        plain = memory_of(rows, projection, heads, batch, length, offsets if packed else None)
+    assert len(got) == layers
+    for layer, (pair, others) in enumerate(zip(got, plain, strict=True)):
+        for part, (x, other) in enumerate(zip(pair, others, strict=True)):
+            assert x.shape == (batch, heads, length, width // heads)
+            own = slice((2 * layer + part) * width, (2 * layer + part + 1) * width)
+            for b, tokens in enumerate(lengths):
+                source = rows[offsets[b] : offsets[b] + tokens]
+                wanted = (source @ weight[own].T + bias[own]).view(tokens, heads, width // heads).transpose(0, 1)
+                assert_close(x[b, :, :tokens], wanted, rtol=1e-5, atol=1e-5)
+                assert_close(other[b, :, :tokens], wanted, rtol=1e-5, atol=1e-5)

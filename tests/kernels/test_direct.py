@@ -1,4 +1,4 @@
-"""Direct calls (csrc/common/direct.h): what they give, and when they leave a call to the long way round.
+"""Direct calls (csrc/common/bind_direct.h): what they give, and when they leave a call to the long way round.
 
 The long way is the measure throughout: with and without direct calls an op gives the same numbers in the same layout,
 or the same error, whatever it is called with.
@@ -25,7 +25,7 @@ from fused_transformer.kernels import _direct, _native, use_backend
 from fused_transformer.kernels._dispatch import Op, observe
 from tests.inputs import normal
 
-pytestmark = pytest.mark.skipif(not _direct.CONNECTED, reason="no direct calls: no extension, or torch before 2.10")
+pytestmark = pytest.mark.skipif(_direct.WHY_NONE is not None, reason=f"no direct calls: {_direct.WHY_NONE}")
 
 
 def integers(*numbers: int) -> Tensor:
@@ -236,9 +236,7 @@ def test_odd_arguments_give_the_same_result_or_the_same_error(name, indirect):
     assert compared > 20
 
 
-@pytest.mark.parametrize(
-    "left_out", ["weight", "bias", "x_bias", "keep", "k_lengths", "window", "k_offsets"]
-)
+@pytest.mark.parametrize("left_out", ["weight", "bias", "x_bias", "keep", "k_lengths", "window", "k_offsets"])
 def test_optional_arguments(left_out, direct, indirect):
     torch.manual_seed(0)
     for function, make in CALLS.values():

@@ -1,0 +1,48 @@
+"""Keys and values of the encoder's output, for all layers of a decoder at once."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from fused_transformer.kernels import _native
+from fused_transformer.kernels._dispatch import undisturbed
+from fused_transformer.kernels.linear import PackedLinear, linear
+from fused_transformer.kernels.memory import empty_pages
+
+
+def memory_of(
+    rows: Tensor, projection: PackedLinear, heads: int, batch: int, length: int, offsets: Tensor | None
+) -> list[tuple[Tensor, Tensor]]:
+    """What `decoder_step` takes as memory.
+
+        keys, values of layer i = the heads of rows W_iᵀ + b_i
+
+    Args:
+        rows: (T, E) float32, the encoder's output: packed, or all (batch · length) of it.
+        projection: (layers · 2 · E, E): of each layer, of the keys and then of the values.
+        heads: H.
+        batch, length: of the padded batch.
+        offsets: (batch + 1,) int64, where each sequence's tokens begin in rows; None: every `length`.
+
+    Returns:
+        (batch, H, length, D) float32 twice for each layer. What lies beyond a sequence's tokens is not initialised.
+    """
+    y = linear(rows, projection)
+    width = rows.shape[1]
+    layers = projection.out_features // (2 * width)
+    out = empty_pages(layers, 2, batch, heads, length, width // heads, like=y)
+    if _native.available() and undisturbed():
+        sizes = (2 * layers, batch, heads, length, width // heads)
+        _native.library().place_memory(sizes, y.data_ptr(), _native.ptr(offsets), out.data_ptr())
+    else:
+        _place(y, out, offsets)
+    return [(both[0], both[1]) for both in out]
+
+
+def _place(y: Tensor, out: Tensor, offsets: Tensor | None) -> None:
+    """What csrc/decoder_step/memory.h says, in plain torch."""
+    layers, two, batch, heads, length, width = out.shape
+    starts = range(0, (batch + 1) * length, max(length, 1)) if offsets is None else offsets.tolist()
+    for b in range(batch):
+        own = y[starts[b] : starts[b + 1]].view(-1, layers, two, heads, width)
+        out[:, :, b, :, : len(own)] = own.permute(1, 2, 3, 0, 4)
