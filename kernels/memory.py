@@ -25,3 +25,14 @@ def empty_pages(*shape: int, like: Tensor) -> Tensor:
     if nbytes < LEAST_BYTES or not eager or like.device.type != "cpu" or not _native.available():
         return like.new_empty(shape)
     return torch.frombuffer(_native.library().Pages(nbytes), dtype=like.dtype).view(shape)
+
+
+def empty_keys_and_values(layers: int, rows: int, heads: int, positions: int, width: int, *, like: Tensor) -> Tensor:
+    """`empty_pages` for a cache, as (layers, 2, rows, heads, positions, width).
+
+    On a CPU a position's value lies behind its key: then what a query reads of a head is one stretch of memory, where
+    the processor looks ahead by itself, and twice as long where beams have scattered it.
+    """
+    if like.device.type != "cpu":
+        return empty_pages(layers, 2, rows, heads, positions, width, like=like)
+    return empty_pages(layers, rows, heads, positions, 2, width, like=like).permute(0, 4, 1, 2, 3, 5)

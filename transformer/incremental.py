@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fused_transformer.kernels import decode_attention
-from fused_transformer.kernels.memory import empty_pages
+from fused_transformer.kernels.memory import empty_keys_and_values
 from fused_transformer.layers import DecoderLayer
 
 CAPACITY_STEP = 32  # positions that the cache grows by: it is copied then, and empty room would be memory for nothing
@@ -65,7 +65,8 @@ class DecoderState:
         """Space for one more position, which every row writes where no other does."""
         capacity = self.cache.shape[4]
         if self.length == capacity:
-            wider = empty_pages(*self.cache.shape[:4], capacity + CAPACITY_STEP, self.cache.shape[5], like=self.cache)
+            layers, _, rows, heads, _, width = self.cache.shape
+            wider = empty_keys_and_values(layers, rows, heads, capacity + CAPACITY_STEP, width, like=self.cache)
             wider[..., :capacity, :] = self.cache
             self.cache = wider
             if self.ancestors is not None:
@@ -107,7 +108,7 @@ def new_state(
     if beam_size < 1:
         raise ValueError(f"beam_size must be at least 1, got {beam_size}")
     batch, heads, _, width = projected[0][0].shape if projected else (len(memory), 1, 0, 1)
-    cache = empty_pages(len(projected), 2, batch * beam_size, heads, CAPACITY_STEP, width, like=memory)
+    cache = empty_keys_and_values(len(projected), batch * beam_size, heads, CAPACITY_STEP, width, like=memory)
     lengths = None if memory_lengths is None else memory_lengths.to(torch.int32)
     return DecoderState(projected, lengths, cache, beam_size=beam_size)
 

@@ -67,8 +67,9 @@ FT_INLINE void fetch(const T* row, int D) {
 }
 
 // scores[m][j] = q[m] . keys[j] for MR rows; beyond the last key, up to a whole vector, any finite number or NaN.
+// `next`: the block that comes after this one, whose keys are asked for meanwhile; or nullptr.
 template <int MR, class T>
-FT_INLINE void score(const float* q, const Block<T>& block, int D, bool fetch_values, float* scores) {
+FT_INLINE void score(const float* q, const Block<T>& block, const Block<T>* next, int D, float* scores) {
   const int whole = D / kWidth * kWidth, rest = D - whole;
   for (int j0 = 0; j0 < block.count; j0 += kWidth) {
     Vec sums[MR][kWidth];
@@ -79,7 +80,7 @@ FT_INLINE void score(const float* q, const Block<T>& block, int D, bool fetch_va
       for (int x = 0; x < kKeysAtOnce; ++x) {
         const int index = int(smaller(j0 + j + x, block.count - 1));
         keys[x] = block.keys[index];
-        if (fetch_values) fetch(block.values[index], D);
+        if (next != nullptr && j0 + j + x < next->count) fetch(next->keys[j0 + j + x], D);
 #pragma GCC unroll 4
         for (int m = 0; m < MR; ++m) c[m][x] = Vec{};
       }
@@ -140,7 +141,7 @@ struct Softmax {
 
 // sums[m] = sums[m] * decay[m] + weights[m][0 ... counts[m]) values, for NV vectors at column d of MR rows. Each row
 // takes its own number of keys: a value that it does not see is not multiplied by 0 either, which would keep a NaN.
-// `next`: the block whose keys are asked for meanwhile, or nullptr.
+// `next`: the block whose values are asked for meanwhile, or nullptr.
 template <int MR, int NV, bool kPart, class T>
 FT_INLINE void weigh(const float* weights, const int* counts, const float* decay, const Block<T>& block,
                      const Block<T>* next, int D, int d, float* sums) {
@@ -158,7 +159,7 @@ FT_INLINE void weigh(const float* weights, const int* counts, const float* decay
     for (int n = 0; n < NV; ++n) c[m][n] = Vec{};
   }
   for (int j = 0; j < common; ++j) {
-    if (next != nullptr && j < next->count) fetch(next->keys[j], D);
+    if (next != nullptr && j < next->count) fetch(next->values[j], D);
 #pragma GCC unroll 4
     for (int n = 0; n < NV; ++n) {
       const Vec value = load_value(j, n);
@@ -179,14 +180,14 @@ FT_INLINE void weigh(const float* weights, const int* counts, const float* decay
   }
 }
 
-// Folds a block into the sums of MR rows. counts[m]: how many of the block's keys row m sees. While keys are read the
-// block's values are asked for (if `first`: the first group of rows does it for all), and then the keys of `next`.
+// Folds a block into the sums of MR rows. counts[m]: how many of the block's keys row m sees. While its keys are read
+// those of `next` are asked for, and then the values.
 template <int MR, class T>
-FT_INLINE void fold_rows(const float* q, const Block<T>& block, const Block<T>* next, bool first, const int* counts,
-                         int D, Softmax* softmax, float* sums) {
+FT_INLINE void fold_rows(const float* q, const Block<T>& block, const Block<T>* next, const int* counts, int D,
+                         Softmax* softmax, float* sums) {
   constexpr int NV = 4;
   float scores[MR * kBlock], decay[MR];
-  score<MR>(q, block, D, first, scores);
+  score<MR>(q, block, next, D, scores);
   for (int m = 0; m < MR; ++m) decay[m] = softmax[m].fold(scores + m * kBlock, counts[m]);
   int d = 0;
   for (; d + NV * kWidth <= D; d += NV * kWidth)
@@ -194,24 +195,29 @@ FT_INLINE void fold_rows(const float* q, const Block<T>& block, const Block<T>* 
   for (; d + kWidth <= D; d += kWidth)
     weigh<MR, 1, false>(scores, counts, decay, block, d == 0 ? next : nullptr, D, d, sums);
   if (d < D) weigh<MR, 1, true>(scores, counts, decay, block, d == 0 ? next : nullptr, D, d, sums);
+  if (next == nullptr) return;
+  for (int j = (block.count + kWidth - 1) / kWidth * kWidth; j < next->count; ++j) fetch(next->keys[j], D);
+  int seen = counts[0];
+  for (int m = 1; m < MR; ++m) seen = int(smaller(seen, counts[m]));
+  for (int j = seen; j < next->count; ++j) fetch(next->values[j], D);
 }
 
 // The same for as many rows as fit in registers, of `rows` that are left; returns how many it took.
 template <class T>
 FT_INLINE int fold_group(int rows, const float* q, const Block<T>& block, const Block<T>* next, bool first,
                          const int* counts, int D, Softmax* softmax, float* sums) {
-  if (!first) next = nullptr;
+  if (!first) next = nullptr;  // the first group of rows asks for all
   if constexpr (kGroup >= 4) {
     if (rows >= 4) {
-      fold_rows<4>(q, block, next, first, counts, D, softmax, sums);
+      fold_rows<4>(q, block, next, counts, D, softmax, sums);
       return 4;
     }
   }
   if (rows >= 2) {
-    fold_rows<2>(q, block, next, first, counts, D, softmax, sums);
+    fold_rows<2>(q, block, next, counts, D, softmax, sums);
     return 2;
   }
-  fold_rows<1>(q, block, next, first, counts, D, softmax, sums);
+  fold_rows<1>(q, block, next, counts, D, softmax, sums);
   return 1;
 }
 

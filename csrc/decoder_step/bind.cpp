@@ -61,12 +61,12 @@ void register_decoder_step(py::module_& m) {
       "place_memory",
       [](const std::array<int64_t, 5>& sizes, uintptr_t rows, uintptr_t offsets, uintptr_t out) {
         cpu::PlaceMemory args;
-        args.parts = sizes[0], args.B = sizes[1], args.H = sizes[2], args.S = sizes[3], args.D = sizes[4];
+        args.layers = sizes[0], args.B = sizes[1], args.H = sizes[2], args.S = sizes[3], args.D = sizes[4];
         args.rows = at(rows), args.offsets = at(offsets), args.out = at(out);
         py::gil_scoped_release release;
         cpu::place_memory(args);
       },
-      "sizes: parts, B, H, S, D.");
+      "sizes: layers, B, H, S, D.");
   py::class_<Decoder>(m, "Decoder", "A Transformer's decoder with packed weights.")
       .def(py::init(&make_decoder))
       .def(

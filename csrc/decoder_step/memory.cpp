@@ -8,18 +8,21 @@
 namespace fused::cpu {
 
 void place_memory(const PlaceMemory& args) {
-  FT_REQUIRE(args.parts >= 0 && args.B >= 0 && args.H >= 0 && args.S >= 0 && args.D >= 0, "sizes must not be negative");
-  const int64_t row = args.parts * args.H * args.D, head = args.S * args.D;
-  const size_t bytes = size_t(args.D) * sizeof(float);
-  // A task is one part of one sequence: what it reads, a few hundred bytes of each token, stays in the second cache.
-  parallel_for(args.B * args.parts, args.B * args.S * row, [&](int64_t task) {
-    const int64_t b = task / args.parts, part = task % args.parts;
-    const int64_t first = args.offsets ? args.offsets[b] : b * args.S;
-    const int64_t tokens = args.offsets ? args.offsets[b + 1] - first : args.S;
-    const float* from = args.rows + first * row + part * args.H * args.D;
-    float* to = args.out + (part * args.B + b) * args.H * head;
-    for (int64_t h = 0; h < args.H; ++h)
-      for (int64_t t = 0; t < tokens; ++t) std::memcpy(to + h * head + t * args.D, from + t * row + h * args.D, bytes);
+  const int64_t H = args.H, S = args.S, D = args.D, row = args.layers * 2 * H * D;
+  FT_REQUIRE(args.layers >= 0 && args.B >= 0 && H >= 0 && S >= 0 && D >= 0, "sizes must not be negative");
+  const size_t bytes = size_t(D) * sizeof(float);
+  // A task is one layer of one sequence: what it reads, a few KiB of each token, stays in the second cache.
+  parallel_for(args.B * args.layers, args.B * S * row, [&](int64_t task) {
+    const int64_t b = task / args.layers, layer = task % args.layers;
+    const int64_t first = args.offsets ? args.offsets[b] : b * S;
+    const int64_t tokens = args.offsets ? args.offsets[b + 1] - first : S;
+    const float* keys = args.rows + first * row + layer * 2 * H * D;
+    float* to = args.out + (layer * args.B + b) * H * S * 2 * D;
+    for (int64_t h = 0; h < H; ++h)
+      for (int64_t t = 0; t < tokens; ++t) {
+        std::memcpy(to + (h * S + t) * 2 * D, keys + t * row + h * D, bytes);
+        std::memcpy(to + (h * S + t) * 2 * D + D, keys + t * row + (H + h) * D, bytes);
+      }
   });
 }
 

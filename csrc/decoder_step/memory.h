@@ -1,9 +1,9 @@
 #pragma once
 // The encoder's output as the decoder's attention reads it. One product makes keys and values of all layers, a row for
-// each token; here each head's rows are put side by side, where a step finds them one after another:
+// each token; here each head's are put side by side, where a step finds them one after another:
 //
-//   rows (T, parts, H, D), packed: sequence b is tokens offsets[b] ... offsets[b + 1] - 1; offsets nullptr: T = B * S
-//   out  (parts, B, H, S, D) contiguous, of which what lies beyond a sequence's tokens is not written
+//   rows (T, layers, 2, H, D), packed: sequence b is tokens offsets[b] ... offsets[b + 1] - 1; nullptr: T = B * S
+//   out  (layers, B, H, S, 2, D) contiguous, of which what lies beyond a sequence's tokens is not written
 //
 // Moves 8 bytes a number; bound by memory.
 
@@ -15,7 +15,7 @@ struct PlaceMemory {
   const float* rows = nullptr;
   const int64_t* offsets = nullptr;  // (B + 1,)
   float* out = nullptr;
-  int64_t parts = 0, B = 0, H = 0, S = 0, D = 0;
+  int64_t layers = 0, B = 0, H = 0, S = 0, D = 0;
 };
 
 void place_memory(const PlaceMemory& args);

@@ -7,7 +7,7 @@ from torch import Tensor
 from fused_transformer.kernels import _native
 from fused_transformer.kernels._dispatch import undisturbed
 from fused_transformer.kernels.linear import PackedLinear, linear
-from fused_transformer.kernels.memory import empty_pages
+from fused_transformer.kernels.memory import empty_keys_and_values
 
 
 def memory_of(
@@ -25,14 +25,14 @@ def memory_of(
         offsets: (batch + 1,) int64, where each sequence's tokens begin in rows; None: every `length`.
 
     Returns:
-        (batch, H, length, D) float32 twice for each layer. What lies beyond a sequence's tokens is not initialised.
+        (batch, H, length, D) float32 twice for each layer, a token's value behind its key. What lies beyond a sequence's tokens is not initialised.
     """
     y = linear(rows, projection)
     width = rows.shape[1]
     layers = projection.out_features // (2 * width)
-    out = empty_pages(layers, 2, batch, heads, length, width // heads, like=y)
+    out = empty_keys_and_values(layers, batch, heads, length, width // heads, like=y)
     if _native.available() and undisturbed():
-        sizes = (2 * layers, batch, heads, length, width // heads)
+        sizes = (layers, batch, heads, length, width // heads)
         _native.library().place_memory(sizes, y.data_ptr(), _native.ptr(offsets), out.data_ptr())
     else:
         _place(y, out, offsets)
