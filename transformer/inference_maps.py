@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fused_transformer.inference import PackedTransformer
 from fused_transformer.kernels import attention_weights, attention_with_lse
+from fused_transformer.kernels.decoder_step import memory_of
 from fused_transformer.kernels.linear import linear
 
 
@@ -45,19 +46,21 @@ def packed_weights(
         q, k, v = parts(linear(y, layer), 3)
         return attend(decoder_self, q, k, v, k_lengths=target_lengths, causal="top_left")
 
-    def memory_attention(y: Tensor, layer, memory_layer) -> Tensor:
-        (q,), (k, v) = parts(linear(y, layer), 1), parts(linear(memory, memory_layer), 2)
-        return attend(encoder_decoder, q, k, v, k_lengths=source_lengths)
+    def memory_attention(y: Tensor, layer, keys_and_values) -> Tensor:
+        (q,) = parts(linear(y, layer), 1)
+        return attend(encoder_decoder, q, *keys_and_values, k_lengths=source_lengths)
 
     x = model._source(source).flatten(0, 1)
     for qkv, out, up, down, *norms in model._encoder:
         x = model._sublayer(x, norms[0], partial(encoder_attention, layer=qkv), out)
         x = model._sublayer(x, norms[1], partial(linear, layer=up, activation=model.config.activation), down)
-    memory = x if model._encoder_norm is None else model._normalised(x, model._encoder_norm)
+    x = x if model._encoder_norm is None else model._normalised(x, model._encoder_norm)
+    batch, length = source.shape
+    memory = memory_of(x, model._memory, model.config.num_heads, batch, length, None)
 
     x = model._target(target).flatten(0, 1)
-    for layer, memory_layer in zip(model._decoder.layers, model._memory, strict=True):
-        to_memory = partial(memory_attention, layer=layer.query, memory_layer=memory_layer)
+    for layer, keys_and_values in zip(model._decoder.layers, memory, strict=True):
+        to_memory = partial(memory_attention, layer=layer.query, keys_and_values=keys_and_values)
         inner = partial(linear, layer=layer.up, activation=model.config.activation)
         x = model._sublayer(x, layer.norms[0], partial(self_attention, layer=layer.qkv), layer.self_out)
         x = model._sublayer(x, layer.norms[1], to_memory, layer.memory_out)

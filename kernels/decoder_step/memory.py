@@ -25,7 +25,8 @@ def memory_of(
         offsets: (batch + 1,) int64, where each sequence's tokens begin in rows; None: every `length`.
 
     Returns:
-        (batch, H, length, D) float32 twice for each layer, a token's value behind its key. What lies beyond a sequence's tokens is not initialised.
+        (batch, H, length, D) float32 twice for each layer, a token's value behind its key. What lies beyond a
+        sequence's tokens is not initialised.
     """
     y = linear(rows, projection)
     width = rows.shape[1]
