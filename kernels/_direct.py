@@ -15,6 +15,9 @@ from torch.autograd import forward_ad
 
 from fused_transformer.kernels import _dispatch, _native
 
+# In the order of Element in csrc/common/bind_direct.h.
+_ELEMENTS = (torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.bool)
+
 
 def _connected() -> str | None:
     """None, or why there are no direct calls."""
@@ -41,7 +44,18 @@ def _connected() -> str | None:
         torch.float32,
         torch.int64,
     )
-    return None if connected else "this torch's table of tensors is of another version"
+    if not connected or not all(
+        _is_seen(torch.empty(3, 5, dtype=dtype, device="cpu")[1:, 1:3].t()) for dtype in _ELEMENTS
+    ):
+        return "this torch describes its tensors in another way"
+    return None
+
+
+def _is_seen(x: Tensor) -> bool:
+    """Whether the extension sees of x what torch says of it."""
+    with torch.no_grad():
+        seen = _native.library().direct_view(x)
+    return seen == (x.data_ptr(), _ELEMENTS.index(x.dtype), tuple(x.shape), tuple(x.stride()))
 
 
 def _never(*_args) -> None:

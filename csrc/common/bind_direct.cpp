@@ -159,6 +159,24 @@ PyObject* connect(PyObject*, PyObject* arguments) {
 PyMethodDef connect_definition = {"connect", connect, METH_VARARGS,
                                   "Tells the direct calls where torch is; false if this torch has not what they need."};
 
+PyObject* numbers(const int64_t* values, int count) {
+  PyObject* tuple = PyTuple_New(count);
+  if (tuple == nullptr) throw PythonError{};
+  for (int i = 0; i < count; ++i) PyTuple_SET_ITEM(tuple, i, PyLong_FromLongLong(values[i]));
+  return tuple;
+}
+
+// (address, Element, shape, strides) of a tensor that a direct call would take.
+PyObject* described(PyObject* const* arguments) {
+  View x;
+  if (!view(arguments[0], x)) return nullptr;
+  const Ref shape(numbers(x.shape, x.ndim)), stride(numbers(x.stride, x.ndim));
+  const auto address = static_cast<unsigned long long>(reinterpret_cast<uintptr_t>(x.data));
+  PyObject* all = Py_BuildValue("(KiOO)", address, static_cast<int>(x.element), shape.get(), stride.get());
+  if (all == nullptr) throw PythonError{};
+  return all;
+}
+
 PyObject* is_ready(PyObject* const*) { return ready() ? Py_NewRef(Py_True) : nullptr; }
 
 void add_object(PyObject* module, const char* name, PyObject* function) {
@@ -281,6 +299,7 @@ void add(PyObject* module, const char* name, Call call, int count) {
 void add_connect(PyObject* module) {
   add_object(module, "connect", PyCFunction_New(&connect_definition, nullptr));
   add(module, "direct_is_ready", &is_ready, 0);
+  add(module, "direct_view", &described, 1);
 }
 
 }  // namespace fused::direct

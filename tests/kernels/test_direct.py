@@ -339,3 +339,20 @@ def test_threads_do_not_share_working_memory(indirect):
 
     with ThreadPoolExecutor(8) as pool:
         assert all(pool.map(repeat, range(16)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.bool])
+def test_the_extension_sees_what_torch_says(dtype):
+    base = torch.zeros(4, 6, dtype=dtype)
+    for x in (base, base[1:, 2:4], base.t(), base[:, :1], base[0, 0], base[:0], base.expand(3, 4, 6)):
+        assert _direct._is_seen(x)
+    assert _native.library().direct_view(torch.zeros(2, dtype=torch.float64))[1] == 6  # other: no kernel takes it
+    for x in (base.to("meta"), base.as_subclass(Mine), base.tolist(), None):
+        assert _native.library().direct_view(x) is None
+
+
+def test_a_torch_of_another_kind_is_not_connected(monkeypatch):
+    monkeypatch.setattr(_direct, "_is_seen", lambda _: False)
+    assert "another way" in (_direct._connected() or "")
+    monkeypatch.delattr(Tensor, "__dlpack_c_exchange_api__")
+    assert "2.10" in (_direct._connected() or "")

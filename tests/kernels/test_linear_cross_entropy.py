@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -113,7 +115,9 @@ def test_any_strides(dtype, layout):
     tensors = make(20, 6, 30, dtype)
     tensors |= {name: LAYOUTS[layout](tensors[name]) for name in ("hidden", "weight")}
     tensors["bias"] = tensors["bias"][:, None].repeat(1, 3)[:, 1]
-    assert_backend_matches(linear_cross_entropy, "cpu", tensors)
+    # rows of weight that are all one leave a gradient of 0 to hidden: what is compared is rounding
+    judge = partial(assert_matches, factor=4.0) if layout == "expanded" else None
+    assert_backend_matches(linear_cross_entropy, "cpu", tensors, judge=judge)
 
 
 @pytest.mark.parametrize("bias", [True, False])
