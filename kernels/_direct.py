@@ -44,9 +44,8 @@ def _connected() -> str | None:
         torch.float32,
         torch.int64,
     )
-    if not connected or not all(
-        _is_seen(torch.empty(3, 5, dtype=dtype, device="cpu")[1:, 1:3].t()) for dtype in _ELEMENTS
-    ):
+    examples = (torch.empty(3, 5, dtype=dtype, device="cpu")[1:, 1:3].t() for dtype in _ELEMENTS)
+    if not connected or not all(map(_is_seen, examples)):
         return "this torch describes its tensors in another way"
     return None
 
