@@ -58,6 +58,13 @@ def require_dropout(dropout_p: float, seed: Tensor | None, device: torch.device)
         raise ValueError(f"seed must be on {device}, as the other tensors are, got {seed.device}")
 
 
+def empty_rows_like(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """torch.empty_like, but the last axis is contiguous in any case: not so where x overlaps itself (unfold)."""
+    y = torch.empty_like(x, dtype=dtype)
+    dense = y.shape[-1] <= 1 or y.stride(-1) == 1
+    return y if dense else torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
+
+
 def dense_last(x: Tensor) -> Tensor:
     """x itself if its last axis is contiguous (the one thing kernels ask of strides), else a copy."""
     return x if x.shape[-1] <= 1 or x.stride(-1) == 1 else x.contiguous()

@@ -1,8 +1,8 @@
 """The ops as operators of torch, for whoever must see a call before it runs: torch.compile, torch.export, torch.func.
 
-An eager call goes to its backend directly and pays for none of this but `routed`. A call that something looks on at is
-one node, torch.ops.fused_transformer.<name>: its schema, what it computes, what its outputs look like, and its gradient
-stand in kernels/<op>/compiled.py. Which backend runs is decided inside the node, when it runs.
+An eager call goes to its kernel (_direct.py) or its backend and pays for none of this. One that something looks on at
+is one node, torch.ops.fused_transformer.<name>: its schema, what it computes, what its outputs look like, and its
+gradient stand in kernels/<op>/compiled.py. Which backend runs is decided inside the node, when it runs.
 """
 
 from __future__ import annotations

@@ -108,7 +108,9 @@ PyObject* attention(PyObject* const* arguments) {
   // masks of packed batches may be larger than the longest sequence
   if (q_offsets.given() && (keep.given() || bias.given())) return nullptr;
   if (keep.given() && (keep.element != Element::boolean || !scores(keep, args, args.keep))) return nullptr;
-  if (bias.given() && (!bias.floating() || !scores(bias, args, args.bias))) return nullptr;
+  // of the imaginary part of a conjugate, the one tensor whose sign is not in its memory, no axis is dense
+  if (bias.given() && (!bias.floating() || bias.ndim == 0 || !bias.dense_last() || !scores(bias, args, args.bias)))
+    return nullptr;
   if (bias.given()) args.bias_dtype = bias.dtype();
   if (!causal(arguments[5], args.causal) || !window(arguments[6], args)) return nullptr;
   if (k_lengths.given() && !lengths(k_lengths, args.B, args.S, args.k_lengths)) return nullptr;
@@ -120,6 +122,7 @@ PyObject* attention(PyObject* const* arguments) {
   const bool wants_lse = arguments[11] == Py_True;
   Output out = empty_like(arguments[0], false);
   Output lse = wants_lse ? empty(arguments[0], q.shape, q.ndim - 1, Element::f32) : Output{Ref(nullptr), View{}};
+  if (!out.view.dense_last()) return nullptr;  // q overlaps itself
   args.out = rows(out.view);
   const int64_t floats = cpu::forward_scratch(args.D) * omp_get_max_threads(), statistics = q.count() / args.D;
   args.scratch = scratch(floats + (wants_lse ? 0 : statistics));

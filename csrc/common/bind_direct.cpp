@@ -32,7 +32,7 @@ struct Exchange {
 };
 
 // Owned references to what torch and this package say about the state of the process; set once, by `connect`.
-struct {
+struct Torch {
   const Exchange* exchange = nullptr;
   PyObject *tensor, *parameter, *device;  // classes, and torch.device("cpu")
   PyObject *modes, *transforms, *tracing, *autocast, *grad_enabled;
@@ -47,20 +47,15 @@ struct {
   PyObject *with_format, *with_dtype;  // tuples of keywords
 } names;
 
-bool truth(PyObject* function) {  // what a function without arguments returns; an error counts as true
+bool truth(PyObject* function) {  // what a function without arguments returns; what is no number counts as true
   const Ref result(PyObject_CallNoArgs(function));
-  if (result.get() == nullptr) {
-    PyErr_Clear();
-    return true;
-  }
+  if (result.get() == nullptr) throw PythonError{};
   if (result.get() == Py_True) return true;
   if (result.get() == Py_False || result.get() == Py_None) return false;
   const int64_t number = PyLong_AsLongLong(result.get());
   if (PyErr_Occurred()) PyErr_Clear();
   return number != 0;
 }
-
-bool gradients() { return truth(torch.grad_enabled); }
 
 Element element_of(const DlTensor& x) {
   if (x.lanes != 1) return Element::other;
@@ -134,13 +129,14 @@ PyObject* guarded(PyObject* self, PyObject* const* arguments, Py_ssize_t count) 
 // (exchange table, then the fields of `torch` in their order). Called once, while the module is imported.
 PyObject* connect(PyObject*, PyObject* arguments) {
   PyObject* table;
-  auto& t = torch;
+  Torch t;
   if (!PyArg_ParseTuple(arguments, "OOOOOOOOOOOOOOOO", &table, &t.tensor, &t.parameter, &t.device, &t.modes,
                         &t.transforms, &t.tracing, &t.autocast, &t.grad_enabled, &t.forced, &t.dispatch, &t.forward_ad,
                         &t.empty_like, &t.contiguous_format, &t.float32, &t.int64))
     return nullptr;
-  const auto* exchange = static_cast<const Exchange*>(PyCapsule_GetPointer(table, "dlpack_exchange_api"));
-  if (exchange == nullptr) return nullptr;
+  constexpr const char* name = "dlpack_exchange_api";
+  if (!PyCapsule_IsValid(table, name)) Py_RETURN_FALSE;
+  const auto* exchange = static_cast<const Exchange*>(PyCapsule_GetPointer(table, name));
   if (exchange->major != 1 || exchange->tensor_from_object == nullptr) Py_RETURN_FALSE;
   for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(arguments); ++i) Py_INCREF(PyTuple_GET_ITEM(arguments, i));
   names.memory_format = PyUnicode_InternFromString("memory_format");
@@ -153,6 +149,7 @@ PyObject* connect(PyObject*, PyObject* arguments) {
   names.with_dtype = PyTuple_Pack(1, names.dtype);
   if (PyErr_Occurred()) return nullptr;
   t.exchange = exchange;
+  torch = t;
   Py_RETURN_TRUE;
 }
 
@@ -226,9 +223,10 @@ bool view(PyObject* tensor, View& out) {
   if (type != torch.tensor && type != torch.parameter) return false;
   if (!memory_of(tensor, out)) return false;
   if (out.element > Element::bf16) return true;  // no gradient
+  if (!truth(torch.grad_enabled)) return true;
   const Ref wanted(PyObject_GetAttr(tensor, names.requires_grad));
-  if (wanted.get() == nullptr) PyErr_Clear();
-  return wanted.get() == Py_False || (wanted.get() == Py_True && !gradients());
+  if (wanted.get() == nullptr) throw PythonError{};  // a Ctrl-C, say
+  return wanted.get() == Py_False;
 }
 
 bool view_or_absent(PyObject* tensor, View& out) { return tensor == Py_None || view(tensor, out); }

@@ -86,7 +86,7 @@ struct Task {
 };
 
 // The blocks of keys of one task after another. Each is located while the one before it is computed, so that its keys
-// can be asked for: a cache of few tokens is one block a task, and each would wait for its keys otherwise.
+// and values can be asked for: a cache of few tokens is one block a task, and each would wait for them otherwise.
 template <class T>
 struct Blocks {
   Block<T> two[2];

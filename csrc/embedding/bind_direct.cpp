@@ -16,9 +16,10 @@ Ref positions(PyObject* layout, PyObject* tables, int64_t width, int64_t rows, V
   const Ref key(Py_BuildValue("(OLO)", layout, static_cast<long long>(width), cpu_device()));
   PyObject* table = key.get() == nullptr ? nullptr : PyDict_GetItemWithError(tables, key.get());
   PyErr_Clear();
+  Py_XINCREF(table);
+  Ref held(table);
   if (table == nullptr || !view(table, out) || out.shape[0] < rows) return Ref(nullptr);
-  Py_INCREF(table);
-  return Ref(table);
+  return held;
 }
 
 // (tokens, table, layout or None, tables, scale, start, padding_idx): as kernels/embedding has them.

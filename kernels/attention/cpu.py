@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fused_transformer.kernels import _native
+from fused_transformer.kernels._checks import empty_rows_like
 from fused_transformer.kernels.attention import native
 from fused_transformer.kernels.attention.mask import Mask
 
@@ -22,7 +23,7 @@ def refuses(q, k, v, mask: Mask, scale, dropout_p, seed) -> str | None:
 
 
 def forward(q, k, v, mask: Mask, scale, dropout_p, seed):
-    out, lse = torch.empty_like(q), q.new_empty(q.shape[:-1], dtype=torch.float32)
+    out, lse = empty_rows_like(q), q.new_empty(q.shape[:-1], dtype=torch.float32)
     if mask.packed and int(mask.q_offsets[-1]) < q.shape[0]:  # tokens of no sequence
         out.zero_()
         lse.fill_(-torch.inf)
@@ -37,7 +38,7 @@ def forward(q, k, v, mask: Mask, scale, dropout_p, seed):
 def backward(dout, q, k, v, out, lse, mask: Mask, scale, dropout_p, seed, wants_dbias):
     # The kernel writes the rows of all sequences, but not packed tokens that belong to none.
     complete = mask.q_length > 0 and mask.k_length > 0 and not mask.packed
-    dq = torch.empty_like(q) if complete else torch.zeros_like(q)
+    dq = empty_rows_like(q) if complete else empty_rows_like(q).zero_()
     dk, dv = (_padded(x) if complete else _padded(x).zero_() for x in (k, v))
     dbias = mask.bias.new_zeros(mask.bias.shape, dtype=torch.float32) if wants_dbias else None
     if mask.k_length > 0:
@@ -64,7 +65,7 @@ def _padded(k: Tensor) -> Tensor:
     """float32 memory in k's shape and order, its last axis rounded up to whole vectors."""
     width = -(-k.shape[-1] // 16) * 16
     if width == k.shape[-1]:
-        return torch.empty_like(k, dtype=torch.float32)
+        return empty_rows_like(k, torch.float32)
     return k.new_empty((*k.shape[:-1], width), dtype=torch.float32)
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fused_transformer.kernels import _cuda
+from fused_transformer.kernels._checks import empty_rows_like
 from fused_transformer.kernels.attention import cuda_sm90, native
 from fused_transformer.kernels.attention.mask import Mask
 
@@ -41,7 +42,7 @@ def _refuses_width_there(q: Tensor) -> str | None:
 
 
 def forward(q, k, v, mask: Mask, scale, dropout_p, seed):
-    out, lse = torch.empty_like(q), q.new_empty(q.shape[:-1], dtype=torch.float32)
+    out, lse = empty_rows_like(q), q.new_empty(q.shape[:-1], dtype=torch.float32)
     if mask.packed or mask.k_length == 0:  # tokens of no sequence, and queries without keys
         out.zero_()
         lse.fill_(-torch.inf)
@@ -62,7 +63,7 @@ def forward(q, k, v, mask: Mask, scale, dropout_p, seed):
 def backward(dout, q, k, v, out, lse, mask: Mask, scale, dropout_p, seed, wants_dbias):
     # The kernels write the rows of all sequences, but not packed tokens that belong to none.
     complete = mask.q_length > 0 and mask.k_length > 0 and not mask.packed
-    dq, dk, dv = (torch.empty_like(x) if complete else torch.zeros_like(x) for x in (q, k, v))
+    dq, dk, dv = (empty_rows_like(x) if complete else empty_rows_like(x).zero_() for x in (q, k, v))
     dbias = _BiasGradient(q, mask) if wants_dbias else None
     if mask.k_length > 0:
         keep_bits, statistics = _keep_bits(q, mask), _statistics(q)

@@ -127,7 +127,7 @@ def _longest(offsets: Tensor) -> int:
 def _broadcastable(name: str, x: Tensor, full: tuple[int, ...], packed: bool, device: torch.device) -> Tensor:
     require(x.device == device, f"{name} must be on {device}, got {x.device}")
     require(x.dim() <= 4, f"{name} must have at most 4 axes (B, H, L, S), got {x.dim()}")
-    x = x.reshape((1,) * (4 - x.dim()) + tuple(x.shape))
+    x = x.resolve_neg().reshape((1,) * (4 - x.dim()) + tuple(x.shape))
     for axis, (have, want) in enumerate(zip(x.shape, full, strict=True)):
         # a packed batch's mask is indexed by position in the sequence, so it may be longer than the longest
         fits = have in (1, want) or (packed and axis >= 2 and have >= want)

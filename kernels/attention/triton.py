@@ -21,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fused_transformer.kernels import _triton
+from fused_transformer.kernels._checks import empty_rows_like
 from fused_transformer.kernels.attention import triton_tiles as tiles
 from fused_transformer.kernels.attention.mask import Mask
 from fused_transformer.kernels.attention.triton_autotune import tiles_for
@@ -137,7 +138,7 @@ def _launch(kernel, programs: int, chosen: Config, q: Tensor, *args) -> None:
 
 def _new(x: Tensor, mask: Mask) -> Tensor:
     # The kernels write the rows of all sequences, but not packed tokens that belong to none.
-    return torch.zeros_like(x) if mask.packed else torch.empty_like(x)
+    return empty_rows_like(x).zero_() if mask.packed else empty_rows_like(x)
 
 
 def _near(x: Tensor) -> Tensor:

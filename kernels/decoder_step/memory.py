@@ -17,6 +17,8 @@ def memory_of(
 
         keys, values of layer i = the heads of rows W_iᵀ + b_i
 
+    The product of all layers, as large as the result, is held beside it until its numbers are in their places.
+
     Args:
         rows: (T, E) float32, the encoder's output: packed, or all (batch · length) of it.
         projection: (layers · 2 · E, E): of each layer, of the keys and then of the values.
@@ -43,7 +45,7 @@ def memory_of(
 def _place(y: Tensor, out: Tensor, offsets: Tensor | None) -> None:
     """What csrc/decoder_step/memory.h says, in plain torch."""
     layers, two, batch, heads, length, width = out.shape
-    starts = range(0, (batch + 1) * length, max(length, 1)) if offsets is None else offsets.tolist()
+    starts = [b * length for b in range(batch + 1)] if offsets is None else offsets.tolist()
     for b in range(batch):
         own = y[starts[b] : starts[b + 1]].view(-1, layers, two, heads, width)
         out[:, :, b, :, : len(own)] = own.permute(1, 2, 3, 0, 4)

@@ -235,3 +235,10 @@ def test_memory_of_all_layers(packed, layers, heads, width):
                 wanted = (source @ weight[own].T + bias[own]).view(tokens, heads, width // heads).transpose(0, 1)
                 assert_close(x[b, :, :tokens], wanted, rtol=1e-5, atol=1e-5)
                 assert_close(other[b, :, :tokens], wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_memory_of_nothing():
+    projection = PackedLinear(normal(16, 8), None)
+    for backend in ("reference", None):
+        with use_backend(backend):
+            assert memory_of(normal(0, 8), projection, 2, 2, 0, None)[0][0].shape == (2, 2, 0, 4)
