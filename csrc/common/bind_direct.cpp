@@ -43,7 +43,7 @@ struct Torch {
 } torch;
 
 struct {
-  PyObject *memory_format, *dtype, *requires_grad, *new_empty, *observer, *level;
+  PyObject *memory_format, *dtype, *requires_grad, *new_empty, *sum, *observer, *level;
   PyObject *with_format, *with_dtype;  // tuples of keywords
 } names;
 
@@ -143,6 +143,7 @@ PyObject* connect(PyObject*, PyObject* arguments) {
   names.dtype = PyUnicode_InternFromString("dtype");
   names.requires_grad = PyUnicode_InternFromString("requires_grad");
   names.new_empty = PyUnicode_InternFromString("new_empty");
+  names.sum = PyUnicode_InternFromString("sum");
   names.observer = PyUnicode_InternFromString("_observer");
   names.level = PyUnicode_InternFromString("_current_level");
   names.with_format = PyTuple_Pack(1, names.memory_format);
@@ -265,6 +266,12 @@ Output empty(PyObject* like, const int64_t* shape, int ndim, Element element) {
   PyObject* arguments[4] = {nullptr, like, sizes.get(), element == Element::i64 ? torch.int64 : torch.float32};
   constexpr size_t two = 2 | PY_VECTORCALL_ARGUMENTS_OFFSET;
   return taken(PyObject_VectorcallMethod(names.new_empty, arguments + 1, two, keywords));
+}
+
+Output sum(PyObject* tensor) {
+  PyObject* arguments[2] = {nullptr, tensor};
+  constexpr size_t one = 1 | PY_VECTORCALL_ARGUMENTS_OFFSET;
+  return taken(PyObject_VectorcallMethod(names.sum, arguments + 1, one, nullptr));
 }
 
 float* scratch(int64_t floats) {

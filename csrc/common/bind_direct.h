@@ -82,6 +82,7 @@ struct Output {
   View view;
 };
 Output empty_like(PyObject* tensor, bool contiguous);  // else with its strides, as torch.empty_like
+Output sum(PyObject* tensor);                          // torch's own, whose rounding the long way has too
 Output empty(PyObject* like, const int64_t* shape, int ndim,
              Element element);  // f32 or i64; other: the dtype of `like`
 

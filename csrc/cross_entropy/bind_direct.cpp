@@ -1,7 +1,5 @@
 // Cross entropy as a direct call (common/bind_direct.h).
 
-#include <numeric>
-
 #include "../common/bind_direct.h"
 #include "cross_entropy.h"
 
@@ -52,20 +50,20 @@ PyObject* cross_entropy(PyObject* const* arguments) {
     return nullptr;
   if (!ready()) return nullptr;
 
-  Output loss = empty(arguments[0], targets.shape, reduced ? 0 : targets.ndim, Element::f32);
+  Output losses = empty(arguments[0], targets.shape, targets.ndim, Element::f32);
   args.logits = logits.data, args.logits_stride = args.V, args.targets = targets.data;
-  args.top = scratch(3 * args.M), args.log_sum = args.top + args.M;
-  args.losses = reduced ? args.log_sum + args.M : static_cast<float*>(loss.view.data);
+  args.losses = static_cast<float*>(losses.view.data);
+  args.top = scratch(2 * args.M), args.log_sum = args.top + args.M;
   args.dtype = logits.dtype();
   {
     const Released released;
     cpu::cross_entropy_forward(args);
   }
-  if (reduced) {
-    const double total = std::accumulate(args.losses, args.losses + args.M, 0.0);
-    *static_cast<float*>(loss.view.data) = float(mean ? total / double(counted) : total);
-  }
-  return loss.tensor.release();
+  if (!reduced) return losses.tensor.release();
+  Output total = sum(losses.tensor.get());
+  // as a float32 tensor is divided by one of whole numbers
+  if (mean) *static_cast<float*>(total.view.data) /= float(counted);
+  return total.tensor.release();
 }
 
 }  // namespace
