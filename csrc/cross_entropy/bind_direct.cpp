@@ -1,5 +1,7 @@
 // Cross entropy as a direct call (common/bind_direct.h).
 
+#include <utility>
+
 #include "../common/bind_direct.h"
 #include "cross_entropy.h"
 
@@ -50,7 +52,8 @@ PyObject* cross_entropy(PyObject* const* arguments) {
     return nullptr;
   if (!ready()) return nullptr;
 
-  Output losses = empty(arguments[0], targets.shape, targets.ndim, Element::f32);
+  const bool single = reduced && args.M == 1;  // which is its own sum
+  Output losses = empty(arguments[0], targets.shape, single ? 0 : targets.ndim, Element::f32);
   args.logits = logits.data, args.logits_stride = args.V, args.targets = targets.data;
   args.losses = static_cast<float*>(losses.view.data);
   args.top = scratch(2 * args.M), args.log_sum = args.top + args.M;
@@ -60,7 +63,7 @@ PyObject* cross_entropy(PyObject* const* arguments) {
     cpu::cross_entropy_forward(args);
   }
   if (!reduced) return losses.tensor.release();
-  Output total = sum(losses.tensor.get());
+  Output total = single ? std::move(losses) : sum(losses.tensor.get());
   // as a float32 tensor is divided by one of whole numbers
   if (mean) *static_cast<float*>(total.view.data) /= float(counted);
   return total.tensor.release();

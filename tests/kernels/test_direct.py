@@ -82,6 +82,7 @@ CALLS = {
     "embedding": (kernels.embedding, embedded),
     "bias_act": (kernels.bias_act, activated),
     "cross_entropy": (kernels.cross_entropy, entropy),
+    "cross_entropy of one": (kernels.cross_entropy, lambda: {"logits": normal(1, 33), "targets": integers(4)}),
     "cross_entropy of each": (kernels.cross_entropy, lambda: entropy() | {"reduction": "none"}),
     "cross_entropy in all": (kernels.cross_entropy, lambda: entropy() | {"reduction": "sum"}),
     "linear_cross_entropy": (kernels.linear_cross_entropy, linear_entropy),
