@@ -134,9 +134,7 @@ PyObject* attention(PyObject* const* arguments) {
     cpu::attention_forward(args);
   }
   if (!wants_lse) return out.tensor.release();
-  PyObject* both = PyTuple_Pack(2, out.tensor.get(), lse.tensor.get());
-  if (both == nullptr) throw PythonError{};
-  return both;
+  return pair(out, lse);
 }
 
 }  // namespace

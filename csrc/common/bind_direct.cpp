@@ -259,9 +259,7 @@ Output empty_like(PyObject* tensor, bool contiguous) {
 }
 
 Output empty(PyObject* like, const int64_t* shape, int ndim, Element element) {
-  const Ref sizes(PyTuple_New(ndim));
-  if (sizes.get() == nullptr) throw PythonError{};
-  for (int axis = 0; axis < ndim; ++axis) PyTuple_SET_ITEM(sizes.get(), axis, PyLong_FromLongLong(shape[axis]));
+  const Ref sizes(numbers(shape, ndim));
   PyObject* keywords = element == Element::f32 || element == Element::i64 ? names.with_dtype : nullptr;
   PyObject* arguments[4] = {nullptr, like, sizes.get(), element == Element::i64 ? torch.int64 : torch.float32};
   constexpr size_t two = 2 | PY_VECTORCALL_ARGUMENTS_OFFSET;
@@ -272,6 +270,12 @@ Output sum(PyObject* tensor) {
   PyObject* arguments[2] = {nullptr, tensor};
   constexpr size_t one = 1 | PY_VECTORCALL_ARGUMENTS_OFFSET;
   return taken(PyObject_VectorcallMethod(names.sum, arguments + 1, one, nullptr));
+}
+
+PyObject* pair(const Output& first, const Output& second) {
+  PyObject* both = PyTuple_Pack(2, first.tensor.get(), second.tensor.get());
+  if (both == nullptr) throw PythonError{};
+  return both;
 }
 
 float* scratch(int64_t floats) {

@@ -81,8 +81,9 @@ struct Output {
   Ref tensor;
   View view;
 };
-Output empty_like(PyObject* tensor, bool contiguous);  // else with its strides, as torch.empty_like
-Output sum(PyObject* tensor);                          // torch's own, whose rounding the long way has too
+Output empty_like(PyObject* tensor, bool contiguous);       // else with its strides, as torch.empty_like
+PyObject* pair(const Output& first, const Output& second);  // a tuple of both
+Output sum(PyObject* tensor);                               // torch's own, whose rounding the long way has too
 Output empty(PyObject* like, const int64_t* shape, int ndim,
              Element element);  // f32 or i64; other: the dtype of `like`
 

@@ -44,9 +44,7 @@ PyObject* layer_norm(PyObject* const* arguments) {
     cpu::layer_norm_forward(args);
   }
   if (!wants_total) return y.tensor.release();
-  PyObject* both = PyTuple_Pack(2, y.tensor.get(), total.tensor.get());
-  if (both == nullptr) throw PythonError{};
-  return both;
+  return pair(y, total);
 }
 
 }  // namespace

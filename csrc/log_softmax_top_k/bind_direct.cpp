@@ -33,9 +33,7 @@ PyObject* log_softmax_top_k(PyObject* const* arguments) {
     const Released released;
     cpu::log_softmax_top_k(args);
   }
-  PyObject* both = PyTuple_Pack(2, values.tensor.get(), places.tensor.get());
-  if (both == nullptr) throw PythonError{};
-  return both;
+  return pair(values, places);
 }
 
 }  // namespace
