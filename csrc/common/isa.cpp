@@ -55,4 +55,13 @@ std::string isa_name() {
   return "baseline";
 }
 
+bool is_amd() {
+#if defined(__x86_64__)
+  static const bool found = (__builtin_cpu_init(), __builtin_cpu_is("amd") != 0);
+  return found;
+#else
+  return false;
+#endif
+}
+
 }  // namespace fused::cpu

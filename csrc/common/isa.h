@@ -17,6 +17,9 @@ enum class Isa { baseline, avx2, avx512 };
 Isa isa();
 std::string isa_name();
 
+// Whether the processor is one of AMD's, where some choices fall otherwise.
+bool is_amd();
+
 }  // namespace fused::cpu
 
 #if defined(__x86_64__)

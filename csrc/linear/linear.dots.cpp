@@ -10,6 +10,9 @@ namespace {
 
 constexpr int kVectors = 4, kRows = 6;  // 24 sums
 constexpr int64_t kTile = 1024;         // bytes: 16 columns and all of a tile's depth
+// The weights this many bytes on are asked for, line after line: by itself the processor follows the four tiles that
+// are read side by side less well (32,000 x 512 int8 weights from memory, 8 rows: 1.08 -> 0.68 ms).
+constexpr int64_t kAhead = 32768;
 
 struct BFloat16 {
   using Rounded = bf16;
@@ -49,7 +52,10 @@ FT_INLINE void block(const Linear& args, const char* panel, int64_t m, int64_t n
     for (int64_t i = 0; i < 16; ++i) {
       __m512i w[kVectors];
 #pragma GCC unroll 4
-      for (int j = 0; j < kVectors; ++j) w[j] = _mm512_load_si512(panel + j * kTile + i * 64);
+      for (int j = 0; j < kVectors; ++j) {
+        w[j] = _mm512_load_si512(panel + j * kTile + i * 64);
+        __builtin_prefetch(panel + kAhead + (i * kVectors + j) * 64, 0, 2);
+      }
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r) {
         int32_t together;

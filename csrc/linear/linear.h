@@ -44,6 +44,7 @@ constexpr int64_t kPanel = 64;  // columns of y that are computed together
 struct PackedWeight {
   int64_t N = 0, K = 0;
   WeightForm form = WeightForm::f32;
+  bool finite = true;  // f32: no infinity, no NaN
   std::shared_ptr<void> data;
   std::shared_ptr<void> scales;  // int8: (N to full panels) float32, and as many int32: 128 * sum over k of q[n, k]
 

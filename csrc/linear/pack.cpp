@@ -1,5 +1,6 @@
 // Weights into the order in which the kernels read them, and back. Done once a model, so written for reading.
 
+#include <atomic>
 #include <cmath>
 #include <cstring>
 
@@ -48,11 +49,15 @@ PackedWeight pack_weight(const float* weight, int64_t stride, int64_t N, int64_t
   if (form == WeightForm::int8) w.scales = allocate_pages(size_t(padded) * 8);
   auto* scales = const_cast<float*>(w.scale());
   auto* offsets = reinterpret_cast<int32_t*>(scales + padded);
+  std::atomic<bool> finite{true};
   parallel_for(N, N * K, [&](int64_t n) {
     const float* row = weight + n * stride;
     if (form == WeightForm::f32) {
       auto* out = static_cast<float*>(w.data.get());
-      for (int64_t k = 0; k < K; ++k) out[place(w, n, k)] = row[k];
+      for (int64_t k = 0; k < K; ++k) {
+        out[place(w, n, k)] = row[k];
+        if (!std::isfinite(row[k])) finite = false;
+      }
     } else if (form == WeightForm::bf16) {
       auto* out = static_cast<uint16_t*>(w.data.get());
       for (int64_t k = 0; k < K; ++k) out[place(w, n, k)] = to_bf16(row[k]);
@@ -72,6 +77,7 @@ PackedWeight pack_weight(const float* weight, int64_t stride, int64_t N, int64_t
       offsets[n] = 128 * sum;
     }
   });
+  w.finite = finite;
   return w;
 }
 

@@ -136,6 +136,28 @@ def test_the_same_bits_with_any_threads_and_on_every_call(weights):
         assert_equal(result, results[0])
 
 
+@pytest.mark.parametrize("rows", [1, 2, 4, 6])
+@pytest.mark.parametrize("share", [0.0, 0.05, 0.5, 0.7, 0.8])
+@pytest.mark.parametrize("k", [1, 40, 300, 2048, 9000])
+def test_zeros_that_are_left_out_change_no_bit(k, share, rows):
+    """As ReLU leaves them. Beside many rows nothing is left out, and a row has the same bits in any batch."""
+    x = normal(40, k)
+    x[:rows, torch.rand(k) >= share] = 0.0
+    x[0, torch.rand(k) >= 0.5] = -0.0
+    layer = PackedLinear(normal(131, k, std=k**-0.5), normal(131))
+    for activation in ("none", "relu"):
+        assert_equal(linear(x[:rows], layer, activation=activation), linear(x, layer, activation=activation)[:rows])
+
+
+def test_zeros_times_what_is_not_finite_are_not_left_out():
+    x, weight = torch.zeros(2, 300), torch.randn(64, 300)
+    weight[7, 200] = float("inf")
+    got = linear(x, PackedLinear(weight))
+    assert got[:, 7].isnan().all() and (got.nan_to_num() == 0).all()
+    x[1, 250] = float("nan")
+    assert_equal(linear(x, PackedLinear(weight.nan_to_num(posinf=1.0))).isnan().all(1), torch.tensor([False, True]))
+
+
 @every_form
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_any_strides(weights, layout):
