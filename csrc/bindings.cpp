@@ -21,6 +21,7 @@ void register_decoder_step(py::module_& m);
 void register_embedding(py::module_& m);
 void register_layer_norm(py::module_& m);
 void register_linear(py::module_& m);
+void register_linear_argmax(py::module_& m);
 void register_log_softmax_top_k(py::module_& m);
 namespace direct {
 void add_attention(PyObject* module);
@@ -64,6 +65,7 @@ PYBIND11_MODULE(_C, m) {
   fused::register_embedding(m);
   fused::register_layer_norm(m);
   fused::register_linear(m);
+  fused::register_linear_argmax(m);
   fused::register_log_softmax_top_k(m);
   try {
     fused::direct::add_connect(m.ptr());

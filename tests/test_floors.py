@@ -18,6 +18,7 @@ FOLDERS = {"kernels": KERNELS, "transformer": "fused_transformer"}
 # Ops that are made of others: they use the others' public functions, and headers.
 COMPOSED = {
     "decoder_step": {"decode_attention", "layer_norm", "linear"},
+    "linear_argmax": {"linear"},
     "linear_cross_entropy": {"cross_entropy"},
 }
 # What every op stands on, and the model's own parts too: no op, and public all the same.

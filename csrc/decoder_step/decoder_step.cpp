@@ -4,31 +4,15 @@
 #include <cstring>
 
 #include "../common/parallel.h"
+#include "../common/scratch.h"
 #include "../decode_attention/decode_attention.h"
 #include "../layer_norm/layer_norm.h"
 
 namespace fused::cpu {
 namespace {
 
-// Working memory that a thread keeps from step to step: fresh pages for every step would cost as much as a layer.
-class Scratch {
- public:
-  explicit Scratch(size_t bytes) {
-    static thread_local std::vector<char> memory;
-    if (memory.size() < bytes + 64) memory.resize(bytes + 64);
-    next_ = memory.data() + (64 - reinterpret_cast<uintptr_t>(memory.data()) % 64) % 64;
-  }
-  static size_t room(int64_t bytes) { return size_t(bytes + 63) / 64 * 64; }
-  template <class T>
-  T* take(int64_t count) {
-    char* const here = next_;
-    next_ += room(count * int64_t(sizeof(T)));
-    return reinterpret_cast<T*>(here);
-  }
-
- private:
-  char* next_;
-};
+class Step;
+using Room = Scratch<Step>;
 
 class Step {
  public:
@@ -183,14 +167,14 @@ class Step {
     return most;
   }
   size_t bytes() const {
-    return 3 * Scratch::room(R_ * E_ * 4) + Scratch::room(R_ * widest() * 4) + Scratch::room(partial_floats() * 4) +
-           Scratch::room(linear_bytes());
+    return 3 * Room::room(R_ * E_ * 4) + Room::room(R_ * widest() * 4) + Room::room(partial_floats() * 4) +
+           Room::room(linear_bytes());
   }
 
   const Decoder& d_;
   const DecoderStep& s_;
   const int64_t R_, E_, D_;
-  Scratch memory_;
+  Room memory_;
   float *a_, *b_, *normed_, *wide_, *partial_;
   char* rounded_;
 };

@@ -10,10 +10,12 @@ from hypothesis import strategies as st
 from fused_transformer.kernels import bias_act, cross_entropy, embedding, linear_cross_entropy
 from fused_transformer.kernels.bias_act import ACTIVATIONS
 from fused_transformer.kernels.linear import WEIGHTS, PackedLinear, linear
+from fused_transformer.kernels.linear_argmax import ScreenedLinear
 from tests import fuzz
 from tests.inputs import LAYOUTS, running_on
 from tests.kernels import test_layer_norm as norms
 from tests.kernels import test_linear as products
+from tests.kernels import test_linear_argmax as largest
 from tests.kernels import test_log_softmax_top_k as top_k
 from tests.oracle import assert_matches
 
@@ -200,6 +202,8 @@ def test_linear(backend):
         m, n, k, weights = call["rows"], call["n"], call["k"], call["weights"]
         plain = {**call, "dtype": "float32"}
         x, residual = draw(plain, m, k), draw(plain, m, n, salt=1) if call["residual"] else None
+        zero = torch.rand(k, generator=torch.Generator().manual_seed(call["seed"])) < call["zeros"]
+        x = LAYOUTS[call["layout"]](x.masked_fill(zero, 0.0))
         w = draw({**plain, "layout": "dense"}, n, k, std=k**-0.5, salt=2)
         b = draw({**plain, "layout": "dense"}, n, salt=3) if call["bias"] else None
         layer = PackedLinear(w, b, weights=weights)
@@ -219,12 +223,41 @@ def test_linear(backend):
         "rows": st.sampled_from([1, 2, 3, 5, 6, 7, 12, 16, 17, 31, 32, 33, 48, 64, 95, 96, 97, 100, 390]),
         "n": st.sampled_from([1, 3, 16, 63, 64, 65, 130, 200]),
         "k": st.sampled_from([1, 2, 31, 32, 33, 63, 64, 65, 127, 128, 200, 321]),
+        "zeros": st.sampled_from([0.0, 0.0, 0.3, 0.6, 0.95]),  # columns of them
         "weights": st.sampled_from([*WEIGHTS]),
         "activation": st.sampled_from([*products.ACTIVATIONS]),
         "residual": st.booleans(),
         "bias": st.booleans(),
     }
     fuzz.run(st.fixed_dictionaries(calls), check, 2 * EXAMPLES[backend])
+
+
+@any_backend
+def test_linear_argmax(backend):
+    def check(call):
+        n, k = call["n"], call["k"]
+        plain = {**call, "dtype": "float32"}
+        dense = {**plain, "layout": "dense"}
+        x, w = draw(plain, call["rows"], k), draw(dense, n, k, std=k**-0.5, salt=1)
+        if call["tails"]:
+            x, w = x * draw(dense, *x.shape, salt=2).mul(2).exp(), w * draw(dense, n, k, salt=3).mul(2).exp()
+        if call["ties"]:
+            w = w[:1] + call["ties"] * draw(dense, n, 1, salt=4) * w[:1]
+        bias = draw(dense, n, salt=5) if call["bias"] else None
+        with running_on(backend):
+            largest.assert_found(x * call["size"], ScreenedLinear(PackedLinear(w, bias)))
+
+    calls = {
+        **common,
+        "rows": st.sampled_from([1, 2, 3, 4, 5, 9]),
+        "n": st.sampled_from([1, 3, 63, 64, 65, 130, 1000]),
+        "k": st.sampled_from([1, 2, 15, 16, 17, 64, 65, 200, 600]),
+        "tails": st.booleans(),
+        "ties": st.sampled_from([0.0, 0.0, 1e-3, 1e-6, 1e-8]),
+        "bias": st.booleans(),
+        "size": st.sampled_from([1.0, 1.0, 1e-12, 1e12]),
+    }
+    fuzz.run(st.fixed_dictionaries(calls), check, EXAMPLES[backend])
 
 
 @any_backend

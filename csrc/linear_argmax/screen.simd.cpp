@@ -1,0 +1,96 @@
+// What bounds a row's results, and which panels the bounds leave. See linear_argmax.h.
+
+#include "screen.h"
+
+#include "../common/parallel.h"
+#include "../common/simd.h"
+
+namespace fused::cpu::FT_ISA {
+namespace {
+
+constexpr float kHalfUlp = 0x1p-24f;
+// Rows of other lengths (0 among them, and what is not finite), or whose results may reach further than this, are not
+// screened: a level, a bound or a part of a sum might overflow.
+constexpr float kShortest = 1e-15f, kLongest = 1e15f, kFarthest = 1e36f;
+// A scale of products below the normal numbers loses digits, of each of the 127 * 127 K that a sum may be made of.
+constexpr float kLeast = 2e-38f, kLeastOfProduct = 4e-41f;
+
+FT_INLINE int lanes(int64_t n, int64_t end) { return end - n < kWidth ? int(end - n) : kWidth; }
+
+FT_INLINE float reduce_max(Vec v) {
+  float lane[kWidth], most = -kInf;
+  store(lane, v);
+  for (float x : lane) most = x > most ? x : most;
+  return most;
+}
+
+FT_INLINE Vec magnitude(Vec x) { return x < 0.0f ? -x : x; }
+
+void split_row(const Screening& s, int64_t m) {
+  const int64_t K = s.screen->weight.K;
+  const float* x = s.x + m * s.x_stride;
+  float *coarse = s.rows + 2 * m * K, *rest = coarse + K, *reach = s.reach + 2 * m;
+  Vec top{}, squares{};
+  for (int64_t k = 0; k < K; k += kWidth) {
+    const Vec v = load(x + k, lanes(k, K));
+    top = vmax(magnitude(v), top), squares += v * v;
+  }
+  const float largest = reduce_max(top), length = __builtin_sqrtf(reduce_sum(squares));
+  const bool bounded = length >= kShortest && length <= kLongest && length * s.screen->largest <= kFarthest;
+  const float step = bounded ? largest / 127.0f : 0.0f, inverse = bounded ? 127.0f / largest : 0.0f;
+  Vec left{};
+  for (int64_t k = 0; k < K; k += kWidth) {
+    const int count = lanes(k, K);
+    const Vec v = bounded ? load(x + k, count) : Vec{};
+    const Vec near = round_nearest(v * inverse) * step;
+    store(coarse + k, near, count), store(rest + k, v - near, count);
+    left = vmax(magnitude(v - near), left);
+  }
+  // `rest` is rounded to levels of its own, off by half of one at most. Float32 sums of K products are off by
+  // K + 2 half ulps of |x| |W_n| at most in whatever order; the products with Q, which are exact, by a few.
+  const float half_level = reduce_max(left) / 254.0f;
+  reach[0] = bounded ? 1.001f * length : __builtin_nanf("");
+  reach[1] = 1.001f * (half_level * __builtin_sqrtf(float(K)) + float(K + 32) * kHalfUlp * length);
+}
+
+void mark_row(const Screening& s, int64_t m) {
+  const Screen& screen = *s.screen;
+  const int64_t N = screen.weight.N, panels = screen.weight.panels(), columns = panels * kPanel;
+  uint8_t* wanted = s.wanted + m * panels;
+  const float by_error = s.reach[2 * m], by_size = s.reach[2 * m + 1];
+  if (by_error != by_error) return void(std::memset(wanted, 1, size_t(panels)));
+  float* upper = s.results + 2 * m * columns;
+  const float* rest = upper + columns;
+  const float least_bound = kLeast + float(screen.weight.K) * kLeastOfProduct;
+  Vec lowest = splat(-kInf);
+  for (int64_t n = 0; n < N; n += kWidth) {
+    const Vec bias = screen.bias ? load(screen.bias + n, lanes(n, N)) : Vec{};
+    const Vec finite = vmin(magnitude(bias), splat(3e38f));  // without it -inf would have no upper bound
+    const Vec bound = load(screen.error() + n) * by_error + load(screen.size() + n) * by_size +
+                      finite * (8.0f * kHalfUlp) + least_bound;
+    const Vec z = load(upper + n) + load(rest + n) + bias, below = z - bound;
+    const IVec there = lanes_index() + splat_int(int32_t(n)) < splat_int(int32_t(N));
+    store(upper + n, there ? z + bound : splat(-kInf));
+    lowest = vmax(there ? below : splat(-kInf), lowest);
+  }
+  const Vec least = splat(reduce_max(lowest));
+  for (int64_t panel = 0; panel < panels; ++panel) {
+    IVec out = splat_int(-1);  // lanes that are too small; NaN is not, nor is -inf if there is nothing else
+    for (int64_t n = panel * kPanel; n < (panel + 1) * kPanel && n < N; n += kWidth) out &= load(upper + n) < least;
+    int32_t all = -1;
+    for (int i = 0; i < kWidth; ++i) all &= out[i];
+    wanted[panel] = all == 0;
+  }
+}
+
+}  // namespace
+
+void split_rows(const Screening& s) {
+  for (int64_t m = 0; m < s.M; ++m) split_row(s, m);
+}
+
+void mark_panels(const Screening& s) {
+  parallel_for(s.M, s.M * s.screen->weight.N, [&](int64_t m) { mark_row(s, m); });
+}
+
+}  // namespace fused::cpu::FT_ISA
