@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,7 +35,7 @@ class DecoderState:
         beam_size: rows of each sequence.
     """
 
-    memory: list[tuple[Tensor, Tensor]]
+    memory: Sequence[tuple[Tensor, Tensor]]
     memory_lengths: Tensor | None
     cache: Tensor
     length: int = 0
@@ -102,7 +103,7 @@ def start(layers: list[DecoderLayer], memory: Tensor, memory_lengths: Tensor | N
 
 
 def new_state(
-    projected: list[tuple[Tensor, Tensor]], memory: Tensor, memory_lengths: Tensor | None, beam_size: int
+    projected: Sequence[tuple[Tensor, Tensor]], memory: Tensor, memory_lengths: Tensor | None, beam_size: int
 ) -> DecoderState:
     """The state ahead of the first token, from each layer's keys and values of memory."""
     if beam_size < 1:

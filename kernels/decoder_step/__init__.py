@@ -8,10 +8,10 @@ from torch import Tensor
 
 from fused_transformer.kernels._dispatch import Op
 from fused_transformer.kernels.decoder_step.checks import checked
-from fused_transformer.kernels.decoder_step.memory import memory_of
+from fused_transformer.kernels.decoder_step.memory import Memory, memory_of
 from fused_transformer.kernels.decoder_step.packed import Norm, PackedDecoder, PackedLayer
 
-__all__ = ["Norm", "PackedDecoder", "PackedLayer", "decoder_step", "memory_of", "op"]
+__all__ = ["Memory", "Norm", "PackedDecoder", "PackedLayer", "decoder_step", "memory_of", "op"]
 
 op = Op(__name__, order=("cpu", "reference"))
 
@@ -44,7 +44,7 @@ def decoder_step(
             row i.
         length: positions that there are.
         memory: for each layer, keys and values of the encoder's output, (B₀, H, S, D) float32, all with the same
-            strides.
+            strides: a `Memory`, as `memory_of` makes it, or pairs, which are checked with every step.
         ancestors: (R, room) int32, in which row of the cache position j of row i's history is; None: in row i.
         memory_lengths: (R / beams,) int32, the real positions of each sequence's memory; None: S.
         sources: (R / beams,) int64, which row of memory each sequence reads; None: the one of its number.

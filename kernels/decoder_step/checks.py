@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from fused_transformer.kernels._checks import require
+from fused_transformer.kernels.decoder_step.memory import Memory
 from fused_transformer.kernels.decoder_step.packed import PackedDecoder
 
 
@@ -23,17 +24,14 @@ def checked(x, decoder, cache, length, memory, ancestors, memory_lengths, source
         fits and cache.shape[2] >= rows, f"cache must have shape {shape} with R >= {rows}, got {tuple(cache.shape)}"
     )
     require(0 <= length < cache.shape[4], f"cache has room for {cache.shape[4]} positions, and there are {length}")
+    if type(memory) is not Memory:
+        memory = Memory(memory)
     require(len(memory) == depth, f"memory must have keys and values for {depth} layers, got {len(memory)}")
     first = memory[0][0]
-    for pair in memory:
-        for part in pair:
-            require(
-                part.dim() == 4 and part.shape[1] == heads and part.shape[3] == width // heads,
-                f"memory must have shapes (B, {heads}, S, {width // heads}), got {tuple(part.shape)}",
-            )
-            same = part.shape == first.shape and part.stride() == first.stride()
-            require(same, "keys and values of memory must have one shape and the same strides")
-            _require("memory", part, torch.float32, dense=True)
+    fits = first.shape[1] == heads and first.shape[3] == width // heads
+    require(fits, f"memory must have shapes (B, {heads}, S, {width // heads}), got {tuple(first.shape)}")
+    if torch.is_grad_enabled() and memory.requires_grad:
+        raise ValueError("decoder_step has no gradient, and memory requires one: use torch.no_grad()")
     _require("x", x, torch.float32)
     _require("cache", cache, torch.float32, dense=True)
     if ancestors is not None:

@@ -2,17 +2,51 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
+import torch
 from torch import Tensor
 
 from fused_transformer.kernels import _native
+from fused_transformer.kernels._checks import require
 from fused_transformer.kernels._dispatch import undisturbed
 from fused_transformer.kernels.linear import PackedLinear, linear
 from fused_transformer.kernels.memory import empty_keys_and_values
 
 
+class Memory(tuple):
+    """Keys and values of the encoder's output, a pair for each layer: checked once, for many steps.
+
+    Args:
+        pairs: (B, H, S, D) float32 on the CPU each, all with one shape and the same strides, the last axis dense.
+
+    Raises:
+        ValueError: they are not like that, or there is none.
+    """
+
+    def __new__(cls, pairs: Iterable[tuple[Tensor, Tensor]]) -> Memory:
+        self = super().__new__(cls, ((keys, values) for keys, values in pairs))
+        require(len(self) > 0, "memory must have keys and values for one layer or more")
+        first = self[0][0]
+        for part in (part for pair in self for part in pair):
+            require(part.dim() == 4, f"memory must have shapes (B, H, S, D), got {tuple(part.shape)}")
+            same = part.shape == first.shape and part.stride() == first.stride()
+            require(same, "keys and values of memory must have one shape and the same strides")
+            require(part.dtype == torch.float32, f"memory must be {torch.float32}, got {part.dtype}")
+            on_cpu = part.device.type == "cpu"
+            require(on_cpu, f"memory must be on the CPU, where the packed weights are, got {part.device}")
+            dense = part.stride(-1) == 1 or part.shape[-1] <= 1
+            require(dense, "the last axis of memory must be contiguous")
+        return self
+
+    @property
+    def requires_grad(self) -> bool:
+        return any(part.requires_grad for pair in self for part in pair)
+
+
 def memory_of(
     rows: Tensor, projection: PackedLinear, heads: int, batch: int, length: int, offsets: Tensor | None
-) -> list[tuple[Tensor, Tensor]]:
+) -> Memory:
     """What `decoder_step` takes as memory.
 
         keys, values of layer i = the heads of rows W_iᵀ + b_i
@@ -39,7 +73,7 @@ def memory_of(
         _native.library().place_memory(sizes, y.data_ptr(), _native.ptr(offsets), out.data_ptr())
     else:
         _place(y, out, offsets)
-    return [(both[0], both[1]) for both in out]
+    return Memory((both[0], both[1]) for both in out)
 
 
 def _place(y: Tensor, out: Tensor, offsets: Tensor | None) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
+
 import pytest
 import torch
 from torch.testing import assert_close
 
 from fused_transformer.kernels import _native, use_backend
-from fused_transformer.kernels.decoder_step import Norm, PackedDecoder, PackedLayer, decoder_step, memory_of
+from fused_transformer.kernels.decoder_step import Memory, Norm, PackedDecoder, PackedLayer, decoder_step, memory_of
 from fused_transformer.kernels.linear import PackedLinear
 from tests.inputs import lesser_isas, normal, run_tests_with_isa, running_on, threads
 from tests.oracle import assert_equal
@@ -235,6 +237,28 @@ def test_memory_of_all_layers(packed, layers, heads, width):
                 wanted = (source @ weight[own].T + bias[own]).view(tokens, heads, width // heads).transpose(0, 1)
                 assert_close(x[b, :, :tokens], wanted, rtol=1e-5, atol=1e-5)
                 assert_close(other[b, :, :tokens], wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_a_memory_is_checked_where_it_is_made():
+    keys = torch.zeros(2, 3, 5, 4)
+    made = Memory([(keys, keys + 1), (keys + 2, keys + 3)])
+    assert len(made) == 2 and made[0][0] is keys
+    copy = deepcopy(made)
+    assert type(copy) is Memory and copy[0][0] is not keys
+    assert_equal([x for pair in copy for x in pair], [x for pair in made for x in pair])
+    assert not made.requires_grad and Memory([(keys, keys.clone().requires_grad_())]).requires_grad
+    wrong = (
+        ("one layer or more", []),
+        ("must have shapes (B, H, S, D), got (3, 5, 4)", [(keys[0], keys[0])]),
+        ("one shape and the same strides", [(keys, keys[:, :, :4])]),
+        ("memory must be torch.float32, got torch.float64", [(keys.double(), keys.double())]),
+        ("memory must be on the CPU", [(keys.to("meta"), keys.to("meta"))]),
+        ("the last axis of memory must be contiguous", [(keys.transpose(2, 3), keys.transpose(2, 3))]),
+    )
+    for message, pairs in wrong:
+        with pytest.raises(ValueError) as error:
+            Memory(pairs)
+        assert message in str(error.value)
 
 
 def test_memory_of_nothing():
