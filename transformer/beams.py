@@ -33,13 +33,17 @@ class _Beams(NamedTuple):
         rows = torch.arange(beams.shape[0], device=beams.device)[:, None]
         return _Beams(*(x[rows, beams] for x in self))
 
-    def grow(self, log_probs: Tensor, tokens: Tensor, scores: Tensor) -> _Beams:
-        """With one more token each; all (b, n)."""
+    def extend(self, rows: Tensor, log_probs: Tensor, tokens: Tensor, scores: Tensor) -> _Beams:
+        """Of each sentence m hypotheses with one more token; all (b, m), and rows are numbers among the (b * n)."""
+
+        def taken(x: Tensor) -> Tensor:
+            return x.flatten(0, 1).index_select(0, rows.flatten()).view(*rows.shape, *x.shape[2:])
+
         return _Beams(
             scores,
-            torch.cat([self.tokens, tokens[..., None]], 2),
-            torch.cat([self.log_probs, log_probs[..., None].to(self.log_probs.dtype)], 2),
-            self.lengths + 1,
+            torch.cat([taken(self.tokens), tokens[..., None]], 2),
+            torch.cat([taken(self.log_probs), log_probs[..., None].to(self.log_probs.dtype)], 2),
+            taken(self.lengths) + 1,
         )
 
     def width(self, tokens: int, padding_idx: int = 0) -> _Beams:
@@ -128,10 +132,12 @@ def search_beams(
     alive = _start(sentences, beam_size, bos_idx)
     alive.scores[:, 0] = 0.0  # one hypothesis so far: equal ones would fill the list with copies
     parents = torch.arange(alive.scores.numel(), device=sentences.device).view(alive.scores.shape)
+    # What changes only when a sentence leaves.
+    first_rows, rows, limits = parents[:, :1], sentences.repeat_interleave(beam_size), max_lengths
+    limit_penalties = options.penalise(limits)
     length = 0
     while sentences.numel():
         length += 1
-        rows = sentences.repeat_interleave(beam_size)
         logits = next_logits(step, alive.tokens.flatten(0, 1), rows, parents.flatten())
         vocabulary = logits.shape[1]
         if vocabulary < 2:
@@ -149,18 +155,16 @@ def search_beams(
             arriving &= arriving.cumsum(1) <= room
         if arriving.any():
             scores = (likeliest / options.penalise(length)).masked_fill(~arriving, NEVER)
-            arrived = alive.take(beam).grow(log_prob, token, scores).width(longest, padding_idx)
+            arrived = alive.extend(first_rows + beam, log_prob, token, scores).width(longest, padding_idx)
             finished = finished.beside(arrived).best(capacity)
         scores, chosen = _highest(likeliest.masked_fill(ended, NEVER), beam_size)
         if on_step is not None:
             penalised = (likeliest / options.penalise(length)).masked_fill(~arriving, NEVER)
             on_step(BeamStep(sentences, beam, token, likeliest, penalised, ended, chosen))
-        beam = beam.gather(1, chosen)
-        alive = alive.take(beam).grow(log_prob.gather(1, chosen), token.gather(1, chosen), scores)
-        parents = torch.arange(0, rows.numel(), beam_size, device=rows.device)[:, None] + beam
+        parents = first_rows + beam.gather(1, chosen)
+        alive = alive.extend(parents, log_prob.gather(1, chosen), token.gather(1, chosen), scores)
 
-        limits = max_lengths[sentences]
-        hope = alive.scores[:, 0] / options.penalise(limits)
+        hope = alive.scores[:, 0] / limit_penalties
         bound = hope if options.patience is None else NEVER  # with patience it takes a full list, no more
         done = finished.scores[:, decisive] > bound
         leaving = done | (limits <= length) | (hope == NEVER)
@@ -168,6 +172,8 @@ def search_beams(
             row, stay = leaving.nonzero()[:, 0], (~leaving).nonzero()[:, 0]
             _store(results, sentences[row], finished.of(row), alive.of(row), top_beams)
             sentences, parents, alive, finished = sentences[stay], parents[stay], alive.of(stay), finished.of(stay)
+            first_rows, rows = first_rows[: len(stay)], sentences.repeat_interleave(beam_size)
+            limits, limit_penalties = limits[stay], limit_penalties[stay]
         if results.streaming:
             results.tell(sentences, alive.tokens[:, 0, 1:], _common(alive, finished))
     return results.found

@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import BinaryIO
 
 import torch
@@ -40,6 +41,9 @@ def _translate(options: argparse.Namespace) -> None:
         if getattr(options, name) is not None and getattr(options, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be positive, got {getattr(options, name)}")
     search = search_options(options)
+    form = options.format or ("text" if options.top_beams is None and not search.num_samples else "nbest")
+    if form == "text" and search.greedy:
+        search = replace(search, scores=False)
     for read in filter(None, (options.input, options.prefixes)):
         if options.output and os.path.exists(options.output) and os.path.samefile(read, options.output):
             raise ValueError(f"--output is {read}, which is to be read")
@@ -64,7 +68,7 @@ def _translate(options: argparse.Namespace) -> None:
             buffer=1 if typed or options.interactive else options.chunk,
             max_tokens=options.max_tokens,
         )
-        write = FORMATS[options.format or ("text" if options.top_beams is None and not search.num_samples else "nbest")]
+        write = FORMATS[form]
         for number, translations in enumerate(results):
             writer.write("".join(line + "\n" for line in write(number, translations)))
             bar.update()

@@ -43,14 +43,31 @@ class _CachedStep:
         self.state: Any = model.start(memory, memory_lengths, beam_size=beam_size)  # the model's own kind
 
     def __call__(self, prefixes: Tensor, sentences: Tensor, parents: Tensor) -> Tensor:
-        beams = parents.view(-1, self.beam_size)
-        if len(beams) < self.sentences:
-            self.sentences = len(beams)
+        return self.model.project(self.hidden(prefixes, sentences, parents))
+
+    def hidden(self, prefixes: Tensor, sentences: Tensor, parents: Tensor) -> Tensor:
+        count = len(parents) // self.beam_size
+        if count < self.sentences:
+            beams = parents.view(count, self.beam_size)
+            self.sentences = count
             self.state.select(beams[:, 0] // self.beam_size)
-        if self.beam_size > 1 and self.state.length:
             first_row = torch.arange(0, parents.numel(), self.beam_size, device=parents.device)
-            self.state.reorder((first_row[:, None] + beams % self.beam_size).flatten())
-        return self.model.project(self.model.step(prefixes[:, -1], self.state))
+            parents = (first_row[:, None] + beams % self.beam_size).flatten()
+        if self.beam_size > 1 and self.state.length:
+            self.state.reorder(parents)
+        return self.model.step(prefixes[:, -1], self.state)
+
+
+class _DeferringStep(_CachedStep):
+    """Of a model that tells the likeliest token without all logits; see `deferred.py`."""
+
+    model: PackedTransformer
+
+    def likeliest(self, hidden: Tensor) -> tuple[Tensor, Tensor] | None:
+        return self.model.likeliest(hidden)
+
+    def project(self, hidden: Tensor) -> Tensor:
+        return self.model.project(hidden)
 
 
 def _check_source(source_tokens: Tensor) -> None:
@@ -114,8 +131,9 @@ def generate(
     config = model.config
     with evaluating(model):
         memory = model.encode(source_tokens, source_lengths)
+        cached = _DeferringStep if hasattr(model, "likeliest") else _CachedStep
         return search(
-            _CachedStep(model, memory, source_lengths, options.rows),
+            cached(model, memory, source_lengths, options.rows),
             max_lengths,
             options,
             forced=prefixes,

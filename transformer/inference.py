@@ -15,10 +15,15 @@ from fused_transformer.incremental import DecoderState, new_state
 from fused_transformer.kernels import attention, layer_norm
 from fused_transformer.kernels.decoder_step import Norm, PackedDecoder, PackedLayer, decoder_step, memory_of
 from fused_transformer.kernels.linear import WEIGHTS, PackedLinear, linear
+from fused_transformer.kernels.linear_argmax import ScreenedLinear, linear_argmax
 from fused_transformer.layers import DecoderLayer, EncoderLayer
 from fused_transformer.masks import real_lengths
 from fused_transformer.model import Transformer
 from fused_transformer.packing import packing_if_worth_it
+
+# A vocabulary of fewer numbers than this is read from the cache, and more rows than that are bound by their products:
+# with 32,000 x 512 of them 4 rows take 2.0 ms where all logits take 2.6, and 6 rows take longer.
+LEAST_SCREENED, MOST_SCREENED_ROWS = 2**21, 4
 
 
 class PackedTransformer:
@@ -73,11 +78,13 @@ class PackedTransformer:
         projection = model.output_projection
         table = self._target.weight if projection is None else projection.weight
         self._output = self._pack(table, None if projection is None else projection.bias)
+        self._screened = _screened(self._output)
 
     @property
     def nbytes(self) -> int:
         encoder = sum(x.nbytes for layer in self._encoder for x in layer[:4])
-        return encoder + self._decoder.nbytes + self._memory.nbytes + self._output.nbytes
+        screen = 0 if self._screened is None else self._screened.nbytes
+        return encoder + self._decoder.nbytes + self._memory.nbytes + self._output.nbytes + screen
 
     def eval(self) -> PackedTransformer:
         """Nothing: it has no other mode."""
@@ -161,6 +168,16 @@ class PackedTransformer:
         """As `Transformer.project`."""
         return linear(hidden, self._output)
 
+    @torch.no_grad()
+    def likeliest(self, hidden: Tensor) -> tuple[Tensor, Tensor] | None:
+        """The largest logit of hidden states (N, E) and its token, (N,) each: those of `project(hidden).max(-1)`.
+
+        None where nothing is gained by asking for less than all logits: many rows, or a small vocabulary.
+        """
+        if self._screened is None or len(hidden) > MOST_SCREENED_ROWS:
+            return None
+        return linear_argmax(hidden, self._screened)
+
     # ---------------------------------------------------------------- packing
 
     def _pack(self, weight: Tensor, bias: Tensor | None) -> PackedLinear:
@@ -207,6 +224,16 @@ class PackedTransformer:
         if self.config.norm_first:
             return linear(inner(self._normalised(x, norm)), last, residual=x)
         return self._normalised(linear(inner(x), last, residual=x), norm)
+
+
+def _screened(output: PackedLinear) -> ScreenedLinear | None:
+    """None where it would be no gain; and where a weight is not finite, which has no int8 form."""
+    if output.weights != "float32" or output.out_features * output.in_features < LEAST_SCREENED:
+        return None
+    try:
+        return ScreenedLinear(output)
+    except ValueError:
+        return None
 
 
 def _norm(module: Any) -> Norm:

@@ -11,6 +11,7 @@ sentence are together, and sentences keep their order.
 
     constraints.py   a step function with tokens forbidden          sampling.py    how a token is drawn
     beams.py         beam search                                    hypotheses.py  what is returned
+    deferred.py      greedy search whose step function tells the likeliest token without all logits
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from torch import Tensor
 from fused_transformer.beam_tree import BeamStep, OnStep
 from fused_transformer.beams import search_beams
 from fused_transformer.constraints import Step, constrain
+from fused_transformer.deferred import Deferred, DeferringStep
 from fused_transformer.hypotheses import NEVER, Hypotheses, NewTokens, OnTokens, Results
 from fused_transformer.kernels import log_softmax_top_k
 from fused_transformer.sampling import draw, uniforms
@@ -44,7 +46,8 @@ __all__ = [
     "search_samples",
 ]
 
-# Of logits (N, V) and the sentences (N,) at a position: log-probabilities (N,) and tokens (N,).
+# Of what the step gave, logits (N, V) or hidden states, and the sentences (N,) at a position: log-probabilities (N,)
+# and tokens (N,).
 Choose = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
 
 
@@ -98,7 +101,7 @@ def search(
     if options.num_samples:
         return search_samples(step, max_lengths, options, keys=keys, **special)
     if options.greedy:
-        return search_greedy(step, max_lengths, **special)
+        return search_greedy(step, max_lengths, scores=options.scores, **special)
     return search_beams(step, max_lengths, options, on_step=on_step, **special)
 
 
@@ -119,6 +122,7 @@ def search_greedy(
     step: Step,
     max_lengths: Tensor,
     *,
+    scores: bool = True,
     bos_idx: int = 1,
     eos_idx: int = 2,
     padding_idx: int = 0,
@@ -129,21 +133,34 @@ def search_greedy(
     Args:
         step: gives the logits of the next token, see the module's docstring.
         max_lengths: (B,) int64, most tokens generated for each sentence, eos counted.
+        scores: False: do without log-probabilities.
         bos_idx, eos_idx, padding_idx: the special tokens.
         on_tokens: told of each token.
 
     Returns:
-        Hypotheses with N = 1; a score is the sum of the tokens' log-probabilities, eos counted.
+        Hypotheses with N = 1; a score is the sum of the tokens' log-probabilities, eos counted. Without scores they are
+        0, and -inf still where there is no hypothesis.
 
     Raises:
         ValueError: max_lengths or the logits have the wrong shape, or the logits hold NaN.
     """
 
-    def likeliest(logits: Tensor, sentences: Tensor, position: int) -> tuple[Tensor, Tensor]:
-        log_prob, token = log_softmax_top_k(logits, 1)
-        return log_prob[:, 0], token[:, 0]
+    special = (1, bos_idx, eos_idx, padding_idx, on_tokens)
+    if isinstance(step, DeferringStep):
+        later = Deferred(step, scores=scores)
+        found = later.complete(_follow(step.hidden, max_lengths, later.choose, *special))
+    else:
+        found = _follow(step, max_lengths, _likeliest, *special)
+    if scores:
+        return found
+    return found._replace(
+        scores=found.scores.masked_fill(found.scores > NEVER, 0.0), log_probs=torch.zeros_like(found.log_probs)
+    )
 
-    return _follow(step, max_lengths, likeliest, 1, bos_idx, eos_idx, padding_idx, on_tokens)
+
+def _likeliest(logits: Tensor, sentences: Tensor, position: int) -> tuple[Tensor, Tensor]:
+    log_prob, token = log_softmax_top_k(logits, 1)
+    return log_prob[:, 0], token[:, 0]
 
 
 @torch.no_grad()
@@ -213,13 +230,13 @@ def _follow(
     finished = torch.zeros_like(lengths, dtype=torch.bool)
     ended = finished  # with eos, or where there is no way on
     parents = torch.arange(lengths.numel(), device=lengths.device).view(lengths.shape)
+    rows, limits, unmoved = sentences.repeat_interleave(samples), max_lengths, parents
     while sentences.numel():
         position = prefixes.shape[2] - 1
-        rows = sentences.repeat_interleave(samples)
         logits = next_logits(step, prefixes.flatten(0, 1), rows, parents.flatten())
         log_prob, token = (x.view(-1, samples) for x in choose(logits, rows, position))
-        # What has ended rides along until the sentence's other samples have.
-        log_prob, token = log_prob.masked_fill(ended, 0.0), token.masked_fill(ended, padding_idx)
+        if samples > 1:  # what has ended rides along until the sentence's other samples have
+            log_prob, token = log_prob.masked_fill(ended, 0.0), token.masked_fill(ended, padding_idx)
         refuse_nan(log_prob)
         scores, lengths = scores + log_prob, lengths + ~ended
         prefixes = torch.cat([prefixes, token[..., None]], 2)
@@ -227,8 +244,8 @@ def _follow(
         finished = finished | (token == eos_idx)
         ended = finished | (scores == NEVER)
 
-        leaving = ended.all(1) | (max_lengths[sentences] <= position + 1)
-        parents = torch.arange(len(rows), device=rows.device).view(-1, samples)
+        leaving = ended.all(1) | (limits <= position + 1)
+        parents = unmoved
         if leaving.any():
             row, stay = leaving.nonzero()[:, 0], (~leaving).nonzero()[:, 0]
             order = scores[row].sort(dim=1, descending=True, stable=True).indices
@@ -236,5 +253,6 @@ def _follow(
             results.store(sentences[row], prefixes[at][..., 1:], log_probs[at], lengths[at], scores[at], finished[at])
             sentences, parents, prefixes, log_probs = sentences[stay], parents[stay], prefixes[stay], log_probs[stay]
             scores, lengths, ended, finished = scores[stay], lengths[stay], ended[stay], finished[stay]
+            rows, limits, unmoved = sentences.repeat_interleave(samples), limits[stay], unmoved[: len(stay)]
         results.tell(sentences, prefixes[:, 0, 1:], lengths[:, 0])
     return results.found

@@ -36,6 +36,8 @@ class SearchOptions:
         max_length_beyond_source: how many tokens more than its source it may have, eos counted on both sides.
         no_repeat_ngram_size: so many tokens in a row never appear a second time in a translation; 0: they may.
         suppress_tokens: tokens that are never chosen.
+        scores: False: greedy search does without log-probabilities, which it needs for nothing else; scores and
+            log_probs are then 0. (return_scores in CTranslate2.)
         num_samples: so many translations are drawn at random instead, each token from its distribution; they are
             returned ordered by log-probability. 0: nothing is drawn.
         temperature: of the draws: logits are divided by it. Scores are the model's, without it.
@@ -62,6 +64,7 @@ class SearchOptions:
     max_length_beyond_source: int = 50
     no_repeat_ngram_size: int = 0
     suppress_tokens: tuple[int, ...] = ()
+    scores: bool = True
     num_samples: int = 0
     temperature: float = 1.0
     top_k: int = 0
@@ -75,6 +78,8 @@ class SearchOptions:
         self._check_sampling()
         if any(token < 0 for token in self.suppress_tokens):
             raise ValueError(f"suppress_tokens must be token numbers, got {min(self.suppress_tokens)}")
+        if not self.scores and not self.greedy:
+            raise ValueError("beam search and samples are ranked by scores: scores=False is for beam_size 1")
         if self.no_repeat_ngram_size < 0:
             raise ValueError(f"no_repeat_ngram_size must not be negative, got {self.no_repeat_ngram_size}")
 
