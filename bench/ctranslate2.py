@@ -4,10 +4,10 @@
 
 Transformer-base (6 + 6 layers, 32,000 subwords) with random weights translates random sources of 8 to 60 tokens into
 exactly 32 tokens each: the rows of the special tokens in the table of embeddings are 0, so that none of them is ever
-likely. The engines take turns. A row holds tokens a second (medians), how many of CTranslate2's float32 translations an
-engine found too, and the share of the least time that reading the weights and multiplying by them takes, at rates
-measured in the same run. An engine in float32 that finds others fails the run, unless float64 says that rounding made
-the choice. Load time and memory are of a process each.
+likely. The engines take turns, each in a process of its own (why: `bench.contestant`). A row holds tokens a second
+(medians), how many of CTranslate2's float32 translations an engine found too, and the share of the least time that
+reading the weights and multiplying by them takes, at rates measured in the same run. An engine in float32 that finds
+others fails the run, unless float64 says that rounding made the choice. Load time and memory are of a process each.
 
 --quick is a tiny model and one round, to see that it works.
 """
@@ -30,10 +30,11 @@ import torch
 from torch import nn
 
 from bench import machine
+from bench.contestant import Contestant
 from bench.decoding_work import SPECIAL, Work, least_seconds, make_work, rates
-from bench.engines import ENGINES, EXPORTED, MODEL_FILE, Engine, Tokens
+from bench.engines import ENGINES, EXPORTED, MODEL_FILE, Tokens
 from bench.report import ROOT, write_comparison
-from bench.timing import Interleaved, quantiles
+from bench.timing import quantiles
 from fused_transformer import Transformer, TransformerConfig, export
 from fused_transformer.checkpoint import load_model, save_model
 
@@ -112,38 +113,40 @@ def agreement(work: Work, expected: list[Tokens], found: list[Tokens], judge: Tr
 # ---------------------------------------------------------------------------------------------- measuring
 
 
-def load(folder: Path, threads: int) -> tuple[dict[str, Engine], dict[str, str]]:
+def load(folder: Path, threads: int) -> tuple[dict[str, Contestant], dict[str, str]]:
     """The contestants by name, and why others are not among them."""
     engines, absent = {}, {}
     for engine, weights in CONTESTANTS:
         try:
-            engines[f"{engine} {weights}"] = ENGINES[engine](folder, weights, threads)
+            engines[f"{engine} {weights}"] = Contestant(engine, weights, folder, threads)
         except NotImplementedError as error:
             absent[f"{engine} {weights}"] = str(error)
     return engines, absent
 
 
-def measure(work: Work, engines: dict[str, Engine], config: TransformerConfig, rounds: int, judge, rate) -> dict:
-    """One row: what each engine found, then how long it took, in turns."""
-    found = {name: work.run(engine) for name, engine in engines.items()}  # and a warm-up
-    first = next(iter(engines))
+def measure(work: Work, engines: dict[str, Contestant], config: TransformerConfig, rounds: int, judge, rate) -> dict:
+    """One row: what each engine found, then how long it took, in turns that rotate from round to round."""
+    names = list(engines)
+    found = {name: engine.translate(work)[0] for name, engine in engines.items()}  # and a warm-up
+    first = names[0]
     agreements = {
         name: agreement(work, found[first], tokens, judge if name.endswith("float32") else None)
         for name, tokens in found.items()
     }
-    timer = Interleaved({name: lambda engine=engine: work.run(engine) for name, engine in engines.items()}, ())
-    for _ in range(rounds):
-        timer.round()
+    times: dict[str, list[float]] = {name: [] for name in names}
+    for turn in range(rounds):
+        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+            times[name].append(engines[name].translate(work)[1])
     row: dict = {"name": work.name, **{key: getattr(work, key) for key in ("batch", "beam_size", "threads", "length")}}
     row["engines"] = {}
-    medians = {name: quantiles(times)["median_us"] for name, times in timer.times.items()}
+    medians = {name: quantiles(taken)["median_us"] for name, taken in times.items()}
     for name, median in medians.items():
         weights = name.split()[-1]
         row["engines"][name] = {
             "tokens_per_second": round(work.tokens / median * 1e6, 1),
             "speedup": round(medians[first] / median, 3),
             "share_of_limit": round(least_seconds(config, work, weights, rate) / median * 1e6, 3),
-            **quantiles(timer.times[name]),
+            **quantiles(times[name]),
             **agreements[name],
         }
     return row
@@ -215,7 +218,8 @@ def compare(arguments: argparse.Namespace, folder: Path) -> dict:
                 rows.append(measure(work, engines, config, arguments.rounds, judge, rate))
                 sys.stdout.write(f"{work.name}: done\n")
                 sys.stdout.flush()
-        del engines
+        for engine in engines.values():
+            engine.stop()
     largest = make_work(max(arguments.batches), max(BEAMS), max(arguments.threads), length, config.target_vocab_size)
     import ctranslate2
 
@@ -223,6 +227,7 @@ def compare(arguments: argparse.Namespace, folder: Path) -> dict:
         "machine": machine.facts() | {"ctranslate2": ctranslate2.__version__},
         "date": f"{date.today():%Y-%m-%d}",
         "quick": arguments.quick,
+        "processes_of_their_own": True,
         "model": config.to_dict(),
         "rates": measured,
         "rows": rows,

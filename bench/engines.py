@@ -65,7 +65,8 @@ class Fused(Engine):
         padded = torch.full((len(sources), int(lengths.max())), config.padding_idx)
         for row, source in enumerate(sources):
             padded[row, : len(source) + 1] = torch.tensor([*source, config.eos_idx])
-        options = SearchOptions(beam_size=beam_size, length_penalty=0.0, max_length=length)
+        greedy = beam_size == 1  # CTranslate2's return_scores is False too unless it is asked for
+        options = SearchOptions(beam_size=beam_size, length_penalty=0.0, max_length=length, scores=not greedy)
         limits = torch.full_like(lengths, length)
         found = generate(self.model, padded, lengths, options, max_lengths=limits)
         return [hypotheses[0] for hypotheses in found.tolist()]

@@ -21,8 +21,8 @@ def of_ctranslate2(result: dict) -> str:
         f"torch {machine['torch']}: {model['num_encoder_layers']} + {model['num_decoder_layers']} layers of "
         f"{model['d_model']}, {model['target_vocab_size']:,} subwords, random weights, exactly "
         f"{result['rows'][0]['length']} tokens out of 8 to 60; medians of turns. In brackets: the share of the least "
-        "time that reading the weights and multiplying by them takes at this machine's own rates (above 100 %: weights "
-        "that stay in the cache).",
+        "time that reading all weights and multiplying by them takes at this machine's own rates (above 100 %: weights "
+        "that stay in the cache, or need not be read)." + _together(result),
         "",
         "| work | " + " | ".join(COLUMNS) + " |",
         "|---|" + "--:|" * len(COLUMNS),
@@ -31,6 +31,15 @@ def of_ctranslate2(result: dict) -> str:
               for row in result["rows"]]  # fmt: skip
     lines += ["", _agreement(result["rows"]), "", _processes(result["processes"])]
     return "\n".join(lines)
+
+
+def _together(result: dict) -> str:
+    """What is to be said of a result from before `bench.contestant`."""
+    if result.get("processes_of_their_own"):
+        return ""
+    return (
+        " (All engines in one process, where with 2 threads each is in the others' way: up to half as fast as alone.)"
+    )
 
 
 def _cell(row: dict, name: str) -> str:
@@ -71,7 +80,7 @@ def of_step(result: dict) -> str:
     lines = [
         f"A step on {result['machine']['processor']}, {result['date']}, {result['position']} tokens into sources of "
         f"{result['source']}; shares of it, and the least time for its products at this machine's own rates "
-        "(`python -m bench.step`).",
+        "(`python -m bench.step`; above 100 %: weights that stay in the cache, or need not be read).",
         "",
         "| step | ms | " + " | ".join(shares) + " | limit |",
         "|---|--:|" + "--:|" * (len(shares) + 1),

@@ -5,8 +5,8 @@
 The model is Transformer-base with 32,000 subwords and random weights, packed as `translate` packs it, and POSITION
 tokens into translations of sources of SOURCE tokens. The layers' part of a step is one native call; its own parts are
 timed through the ops that it is tested against, on the same tensors, and "rest" is what the call takes beyond them
-(below 0: less than the ops one by one). "limit" is the least time for reading the weights or multiplying by them, at
-rates measured in the same run.
+(below 0: less than the ops one by one). "limit" is the least time for reading all weights or multiplying by them, at
+rates measured in the same run; a greedy step of few sentences does without most of the vocabulary's.
 """
 
 from __future__ import annotations
@@ -49,6 +49,7 @@ class Step:
         self.hidden = self.layers()
         self.logits = model.project(self.hidden)
         self.scores = torch.zeros(self.rows)
+        self.screened = beams == 1 and model.likeliest(self.hidden) is not None
 
     def layers(self) -> Tensor:
         """The native call, and the embedding ahead of it."""
@@ -81,10 +82,15 @@ class Step:
                 layer_norm(self.hidden, norm.weight, norm.bias, eps=decoder.eps)
 
     def vocabulary(self) -> None:
-        self.model.project(self.hidden)
+        """All logits, or the likeliest token where a greedy search can tell it from less."""
+        if not self.screened:
+            self.model.project(self.hidden)
+        else:
+            self.model.likeliest(self.hidden)
 
     def search(self) -> None:
-        log_softmax_top_k(self.logits, 2 * self.beams, beams=self.beams, addend=self.scores)
+        if not self.screened:
+            log_softmax_top_k(self.logits, 2 * self.beams, beams=self.beams, addend=self.scores)
 
     def parts(self) -> dict[str, Callable[[], object]]:
         names = ("layers", "products", "attention", "norms", "vocabulary", "search")
