@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from fused_transformer.beam_tree import OnStep
+from fused_transformer.incremental import DecoderState
+from fused_transformer.kernels.memory import empty_pages
 from fused_transformer.sampling import sentence_keys
 from fused_transformer.search import Hypotheses, OnTokens, SearchOptions, search
 
@@ -43,7 +45,17 @@ class _CachedStep:
         self.state: Any = model.start(memory, memory_lengths, beam_size=beam_size)  # the model's own kind
 
     def __call__(self, prefixes: Tensor, sentences: Tensor, parents: Tensor) -> Tensor:
+        if self.beam_size > 1 and isinstance(self.state, DecoderState) and not self.state.length:
+            return self._first(prefixes)
         return self.model.project(self.hidden(prefixes, sentences, parents))
+
+    def _first(self, prefixes: Tensor) -> Tensor:
+        """The hypotheses of a sentence are one and the same as yet, and are computed as one."""
+        self.state.begin_as_one()
+        logits = self.model.project(self.model.step(prefixes[:: self.beam_size, -1], self.state))
+        self.state.split(self.beam_size)
+        copies = empty_pages(len(logits), self.beam_size, logits.shape[1], like=logits)
+        return copies.copy_(logits[:, None]).flatten(0, 1)
 
     def hidden(self, prefixes: Tensor, sentences: Tensor, parents: Tensor) -> Tensor:
         count = len(parents) // self.beam_size

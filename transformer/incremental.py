@@ -62,6 +62,21 @@ class DecoderState:
         if self.memory_lengths is not None:
             self.memory_lengths = self.memory_lengths.index_select(0, sequences)
 
+    def begin_as_one(self) -> None:
+        """Ahead of the first step: one row of each sequence stands for all of them, until `split`."""
+        if self.length:
+            raise ValueError(f"rows begin as one ahead of the first step, and there are {self.length} positions")
+        sequences = torch.arange(self.rows // self.beam_size, dtype=torch.int32, device=self.cache.device)
+        self.ancestors, self.beam_size = sequences[:, None].repeat(1, self.cache.shape[4]), 1
+
+    def split(self, beam_size: int) -> None:
+        """From one row of each sequence to beam_size rows that go on from it; the cache must have room for these."""
+        rows = self.rows * beam_size
+        if self.beam_size != 1 or rows > self.cache.shape[2]:
+            raise ValueError(f"{self.rows} rows can't be split {beam_size} times in a cache for {self.cache.shape[2]}")
+        self._follow(torch.arange(self.rows, device=self.cache.device).repeat_interleave(beam_size))
+        self.beam_size = beam_size
+
     def make_room(self) -> None:
         """Space for one more position, which every row writes where no other does."""
         capacity = self.cache.shape[4]

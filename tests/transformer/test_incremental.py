@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from fused_transformer import PackedTransformer
 from tests.oracle import assert_equal
 from tests.transformer.models import LENGTHS, SOURCE, VARIANTS, VOCAB, tiny
 
@@ -40,6 +41,32 @@ def test_reordered_and_selected_rows_go_on_from_their_own_history():
     torch.testing.assert_close(hidden, expected[:, -1], atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_rows_that_begin_as_one_go_on_as_if_each_had_been_computed(packed):
+    model = tiny().eval()
+    same = assert_equal if packed else torch.testing.assert_close  # torch's products differ with the rows beside
+    if packed:
+        model = PackedTransformer(model)
+    memory, tokens = model.encode(SOURCE, LENGTHS), torch.randint(3, VOCAB, (6, 40))
+    tokens[:, 0] = tokens[:1, 0]
+    together, apart = (model.start(memory, LENGTHS, beam_size=2) for _ in range(2))
+    together.begin_as_one()
+    first = model.step(tokens[::2, 0], together)
+    together.split(2)
+    same(first.repeat_interleave(2, 0), model.step(tokens[:, 0], apart))
+    assert (together.rows, together.beam_size, together.length) == (6, 2, 1)
+    rows = torch.tensor([1, 0, 2, 2, 5, 5])
+    for i in range(1, 40):  # beyond the first capacity
+        if i in (1, 3, 33):
+            for state in (together, apart):
+                state.reorder(rows)
+        if i == 35:
+            for state in (together, apart):
+                state.select(torch.tensor([2, 0]))
+            tokens = tokens[:4]
+        same(model.step(tokens[:, i], together), model.step(tokens[:, i], apart))
+
+
 def test_what_is_computed_stays_where_it_is():
     """Reordering and leaving sequences out moves neither the cache nor the memory."""
     model = tiny().eval()
@@ -65,3 +92,12 @@ def test_wrong_uses_of_the_state_are_errors():
         model.start(memory, beam_size=0)
     with pytest.raises(ValueError, match=r"rows must have shape \(6,\)"):
         model.start(memory, beam_size=2).reorder(torch.tensor([0, 1]))
+    state = model.start(memory, beam_size=2)
+    with pytest.raises(ValueError, match="6 rows can't be split 2 times in a cache for 6"):
+        state.split(2)
+    state.begin_as_one()
+    with pytest.raises(ValueError, match="3 rows can't be split 3 times in a cache for 6"):
+        state.split(3)
+    model.step(torch.randint(3, VOCAB, (3,)), state)
+    with pytest.raises(ValueError, match="there are 1 positions"):
+        state.begin_as_one()
