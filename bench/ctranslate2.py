@@ -34,7 +34,7 @@ from bench.contestant import Contestant
 from bench.decoding_work import SPECIAL, Work, least_seconds, make_work, rates
 from bench.engines import ENGINES, EXPORTED, MODEL_FILE, Tokens
 from bench.report import ROOT, write_comparison
-from bench.timing import quantiles
+from bench.timing import in_turn, quantiles
 from fused_transformer import Transformer, TransformerConfig, export
 from fused_transformer.checkpoint import load_model, save_model
 
@@ -126,16 +126,15 @@ def load(folder: Path, threads: int) -> tuple[dict[str, Contestant], dict[str, s
 
 def measure(work: Work, engines: dict[str, Contestant], config: TransformerConfig, rounds: int, judge, rate) -> dict:
     """One row: what each engine found, then how long it took, in turns that rotate from round to round."""
-    names = list(engines)
     found = {name: engine.translate(work)[0] for name, engine in engines.items()}  # and a warm-up
-    first = names[0]
+    first = next(iter(engines))
     agreements = {
         name: agreement(work, found[first], tokens, judge if name.endswith("float32") else None)
         for name, tokens in found.items()
     }
-    times: dict[str, list[float]] = {name: [] for name in names}
-    for turn in range(rounds):
-        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+    times: dict[str, list[float]] = {name: [] for name in engines}
+    for number in range(rounds):
+        for name in in_turn(engines, number):
             times[name].append(engines[name].translate(work)[1])
     row: dict = {"name": work.name, **{key: getattr(work, key) for key in ("batch", "beam_size", "threads", "length")}}
     row["engines"] = {}

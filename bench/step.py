@@ -83,10 +83,7 @@ class Step:
 
     def vocabulary(self) -> None:
         """All logits, or the likeliest token where a greedy search can tell it from less."""
-        if not self.screened:
-            self.model.project(self.hidden)
-        else:
-            self.model.likeliest(self.hidden)
+        (self.model.likeliest if self.screened else self.model.project)(self.hidden)
 
     def search(self) -> None:
         if not self.screened:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache
@@ -67,6 +67,13 @@ def seconds(implementation: Callable, args: tuple) -> float:
         return Stamp() - start
 
 
+def in_turn(names: Iterable[str], round_number: int) -> list[str]:
+    """In an order that rotates from round to round."""
+    listed = list(names)
+    turn = round_number % max(len(listed), 1)
+    return listed[turn:] + listed[:turn]
+
+
 class Interleaved:
     """Times one call of each implementation a round, in an order that rotates from round to round."""
 
@@ -76,9 +83,7 @@ class Interleaved:
         self._round = 0
 
     def round(self) -> None:
-        names = list(self.implementations)
-        turn = self._round % len(names) if names else 0
-        for name in names[turn:] + names[:turn]:
+        for name in in_turn(self.implementations, self._round):
             self.times[name].append(seconds(self.implementations[name], self.args))
         self._round += 1
 

@@ -14,6 +14,7 @@ namespace fused::cpu::FT_ISA {
 
 constexpr int64_t kMostPlaces = 8192;  // of K: their list is on the stack
 constexpr int64_t kPlacesAhead = 32;   // whose weights are asked for
+constexpr int64_t kTelling = 128;      // places that tell whether it is worth it: most products have no 0 at all
 
 // The places of K in which some row is not 0.
 struct Places {
@@ -22,14 +23,15 @@ struct Places {
 
   // Whether few enough are left; only then are they in the list.
   bool find(const Linear& args) {
-    const int64_t K = args.weight->K, most = K - K / 4;
+    const int64_t K = args.weight->K;
     if (args.M > kRows || K > kMostPlaces || !args.weight->finite) return false;
     for (int64_t k = 0; k < K; k += kWidth) {
       const int lanes = int(smaller(kWidth, K - k));
       IVec used{};
       for (int64_t m = 0; m < args.M; ++m) used |= load(args.x + m * args.x_stride + k, lanes) != 0.0f;
       for (int i = 0; i < lanes; ++i) list[count] = uint16_t(k + i), count += used[i] != 0;
-      if (count > most - kWidth) return false;
+      const int64_t seen = k + lanes;
+      if ((seen >= kTelling || seen == K) && count > seen - seen / 4) return false;
     }
     return true;
   }
