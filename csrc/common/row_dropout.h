@@ -39,9 +39,8 @@ FT_INLINE void transpose_groups(const UVec* w, UVec* out) {
   out[2] = (UVec)_mm256_unpacklo_epi64(ab_high, cd_high);
   out[3] = (UVec)_mm256_unpackhi_epi64(ab_high, cd_high);
 #else
-  for (int group = 0; group < kWidth; group += 4)
-    for (int j = 0; j < 4; ++j)
-      for (int k = 0; k < 4; ++k) out[j][group + k] = w[k][group + j];
+  static_assert(kWidth == 4);
+  for (int j = 0; j < 4; ++j) out[j] = UVec{w[0][j], w[1][j], w[2][j], w[3][j]};
 #endif
 }
 

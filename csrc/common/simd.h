@@ -215,9 +215,10 @@ FT_INLINE Vec round_nearest(Vec x) {  // for |x| < 2^22: the adder's own roundin
 }
 
 // e^x, relative error below 2 ulp (2^n times a degree-6 polynomial on |r| <= ln(2)/2, Cephes coefficients).
-// Exactly 1 at 0; exactly 0 below -87.4, which includes -inf; +inf above 88.73; NaN stays NaN.
+// Exactly 1 at 0; exactly 0 below -87.33, where float32's smallest numbers begin, and for -inf; +inf above 88.7228; NaN
+// stays NaN.
 FT_INLINE Vec exp(Vec x) {
-  const Vec low = splat(-87.4f), high = splat(88.73f);
+  const Vec low = splat(-87.33f), high = splat(88.7228f);
 #if defined(__AVX512F__)
   const Vec n = (Vec)_mm512_maskz_roundscale_ps(0xffff, (__m512)(x * splat(1.44269504f)), 0);
 #else
@@ -235,11 +236,9 @@ FT_INLINE Vec exp(Vec x) {
 #if defined(__AVX512F__)
   Vec out = (Vec)_mm512_maskz_scalef_ps(0xffff, (__m512)p, (__m512)n);
 #else
-  // 2^n in two halves, so that n = 128 overflows only in the last product; n is meaningless where x is outside
-  // [low, high], and what it gives there is not used
-  const IVec whole = __builtin_convertvector(x < low ? low : (x > high ? high : n), IVec);
-  const IVec first = whole >> 1, second = whole - first;
-  Vec out = p * as_float((first + 127) << 23) * as_float((second + 127) << 23);
+  // n onto the exponent of p, which is 2^-1 or 2^0: where n is 128, p is below 1. Where x is outside [low, high] n is
+  // meaningless, and what it gives is not used.
+  Vec out = (Vec)((UVec)p + ((UVec) __builtin_convertvector(n, IVec) << 23));
 #endif
   out = x < low ? Vec{} : out;
   return x > high ? splat(kInf) : out;

@@ -41,9 +41,9 @@ struct Places {
 template <int R>
 FT_INLINE void sparse_block(const Linear& args, const Places& places, const float* weights, int64_t n) {
   const int64_t K = args.weight->K, count = places.count;
-  alignas(64) float total[R * kBlock];
-  Vec sums[R][kVectors];
-  const auto each = [&](auto f) {
+  alignas(64) float total[R * kBlock] = {};  // never read before it is written, but GCC 12 warns
+  Vec sums[R][kVectors] = {};
+  const auto each = [&](auto f) __attribute__((always_inline)) {
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4

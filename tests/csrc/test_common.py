@@ -101,7 +101,7 @@ def test_tails_read_and_write_what_they_were_given_and_no_more(probe, names):
 
 
 def test_exp_is_good_to_2_ulp_wherever_it_is_not_0(probe):
-    x = torch.cat([torch.linspace(-87.4, 88.72, 2**18), torch.linspace(-1e-3, 1e-3, 2**12), -torch.rand(2**12) * 20])
+    x = torch.cat([torch.linspace(-87.33, 88.7228, 2**18), torch.linspace(-1e-3, 1e-3, 2**12), -torch.rand(2**12) * 20])
     out = torch.empty(x.shape)
     call(probe.probe_exp, x, out, x.numel())
     exact = x.double().exp()
@@ -111,7 +111,7 @@ def test_exp_is_good_to_2_ulp_wherever_it_is_not_0(probe):
 
 
 def test_exp_at_its_edges(probe):
-    special = {0.0: 1.0, -math.inf: 0.0, math.inf: math.inf, -87.5: 0.0, -1e30: 0.0, 88.74: math.inf}
+    special = {0.0: 1.0, -math.inf: 0.0, math.inf: math.inf, -87.34: 0.0, -1e30: 0.0, 88.73: math.inf}
     x = torch.tensor([*special, *[0.0] * (-len(special) % 16)])
     out = torch.empty(x.shape)
     call(probe.probe_exp, x, out, x.numel())
