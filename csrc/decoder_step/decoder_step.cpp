@@ -24,6 +24,9 @@ class Step {
     wide_ = memory_.take<float>(R_ * widest());
     partial_ = memory_.take<float>(partial_floats());
     rounded_ = memory_.take<char>(linear_bytes());
+    if (s_.positions == nullptr) return;
+    histories_ = memory_.take<int64_t>(R_);
+    for (int64_t r = 0; r < R_; ++r) histories_[r] = s_.positions[r] + 1;
   }
 
   void run() {
@@ -62,11 +65,10 @@ class Step {
     apply(layer.qkv, x, wide_, nullptr, Activation::none);
     float* const keys = s_.cache + int64_t(index) * s_.cache_stride[0];
     float* const values = keys + s_.cache_stride[1];
-    const int64_t here = s_.length * s_.cache_stride[4];
     parallel_for(R_, 2 * R_ * E_, [&](int64_t r) {
       const float* const qkv = wide_ + r * 3 * E_;
       for (int64_t h = 0; h < d_.H; ++h) {
-        const int64_t to = r * s_.cache_stride[2] + h * s_.cache_stride[3] + here;
+        const int64_t to = slot(r) * s_.cache_stride[2] + h * s_.cache_stride[3] + position(r) * s_.cache_stride[4];
         std::memcpy(keys + to, qkv + E_ + h * D_, size_t(D_) * sizeof(float));
         std::memcpy(values + to, qkv + 2 * E_ + h * D_, size_t(D_) * sizeof(float));
       }
@@ -77,6 +79,7 @@ class Step {
     args.v = {values, {s_.cache_stride[2], s_.cache_stride[3], s_.cache_stride[4]}};
     float* const heads = wide_ + 3 * R_ * E_;
     args.out = {heads, {E_, D_, 0}};
+    args.lengths = {histories_, true};
     if (s_.ancestors != nullptr) {
       args.rows = {s_.ancestors, false};
       args.rows_batch = s_.ancestors_stride, args.rows_position = 1;
@@ -140,6 +143,9 @@ class Step {
     layer_norm_forward(args);
   }
 
+  int64_t position(int64_t row) const { return s_.positions != nullptr ? s_.positions[row] : s_.length; }
+  int64_t slot(int64_t row) const { return s_.slots != nullptr ? s_.slots[row] : row; }
+
   const int64_t* own_rows() {  // 0, 1, 2 ...: which row a row reads where nobody has moved
     static thread_local std::vector<int64_t> numbers;
     while (int64_t(numbers.size()) < R_) numbers.push_back(int64_t(numbers.size()));
@@ -168,7 +174,7 @@ class Step {
   }
   size_t bytes() const {
     return 3 * Room::room(R_ * E_ * 4) + Room::room(R_ * widest() * 4) + Room::room(partial_floats() * 4) +
-           Room::room(linear_bytes());
+           Room::room(linear_bytes()) + (s_.positions != nullptr ? Room::room(R_ * 8) : 0);
   }
 
   const Decoder& d_;
@@ -177,6 +183,7 @@ class Step {
   Room memory_;
   float *a_, *b_, *normed_, *wide_, *partial_;
   char* rounded_;
+  int64_t* histories_ = nullptr;  // positions that each row reads, the new one counted; nullptr: all there are
 };
 
 }  // namespace
@@ -187,6 +194,14 @@ void decoder_step(const Decoder& decoder, const DecoderStep& step) {
              "rows must be a multiple of beams, got " << step.rows << " and " << step.beams);
   FT_REQUIRE(step.memory != nullptr && step.memory->size() == decoder.layers.size(),
              "each layer needs the keys and values of memory");
+  const auto within = [](int64_t x, int64_t end) { return 0 <= x && x < end; };
+  FT_REQUIRE((step.positions == nullptr) == (step.slots == nullptr), "positions and slots are given together");
+  for (int64_t r = 0; step.positions != nullptr && r < step.rows; ++r) {
+    FT_REQUIRE(within(step.positions[r], step.length + 1),
+               "positions must be between 0 and " << step.length << ", got " << step.positions[r]);
+    FT_REQUIRE(within(step.slots[r], step.cache_rows),
+               "slots must be between 0 and " << step.cache_rows - 1 << ", got " << step.slots[r]);
+  }
   Step(decoder, step).run();
 }
 

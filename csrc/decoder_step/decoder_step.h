@@ -51,6 +51,9 @@ struct DecoderStep {
   // Keys and values of the positions so far: (layers, 2, cache_rows, H, room, D), D contiguous. Row i's history is at
   // position j in row ancestors[i, j] (int32), or in row i; its new position goes to row i.
   int64_t length = 0;  // positions there are; the new one is written at this place
+  // Where rows are of several positions: row i's new one is positions[i] <= length, and goes to row slots[i] (rows,).
+  // No two rows may have one place. All are written before any is read, so that a row can be another's history.
+  const int64_t *positions = nullptr, *slots = nullptr;
   float* cache = nullptr;
   int64_t cache_stride[5] = {0, 0, 0, 0, 0};
   int64_t cache_rows = 0;

@@ -27,6 +27,8 @@ def decoder_step(
     memory_lengths: Tensor | None = None,
     sources: Tensor | None = None,
     beams: int = 1,
+    positions: Tensor | None = None,
+    slots: Tensor | None = None,
 ) -> Tensor:
     """All layers on the newest position of R hypotheses, `beams` of each sequence side by side.
 
@@ -40,8 +42,8 @@ def decoder_step(
     Args:
         x: (R, E) float32, the embedded tokens.
         decoder: the layers.
-        cache: (layers, 2, R₀, H, room, D) float32 keys and values, R <= R₀; position `length` is written, for row i in
-            row i.
+        cache: (layers, 2, R₀, H, room, D) float32 keys and values; position `length` is written, for row i in row i,
+            R <= R₀, or where positions and slots say.
         length: positions that there are.
         memory: for each layer, keys and values of the encoder's output, (B₀, H, S, D) float32, all with the same
             strides: a `Memory`, as `memory_of` makes it, or pairs, which are checked with every step.
@@ -49,6 +51,10 @@ def decoder_step(
         memory_lengths: (R / beams,) int32, the real positions of each sequence's memory; None: S.
         sources: (R / beams,) int64, which row of memory each sequence reads; None: the one of its number.
         beams: rows of a sequence; R is a multiple of it.
+        positions, slots: (R,) int64, given together: row i's new position is positions[i], at most length, and is
+            written in row slots[i] of the cache, where ancestors must send what reads it. No two rows may be written in
+            one place. In each layer all are written before any is read: rows can be each other's history, which a
+            decoder that looks several tokens ahead wants.
 
     Returns:
         (R, E) float32, the hidden states of the new position.
@@ -59,5 +65,5 @@ def decoder_step(
 
     Numerics: as `linear`, `decode_attention` and `layer_norm` one after the other, from which it is made.
     """
-    arguments = checked(x, decoder, cache, length, memory, ancestors, memory_lengths, sources, beams)
+    arguments = checked(x, decoder, cache, length, memory, ancestors, memory_lengths, sources, beams, positions, slots)
     return op.pick(*arguments).forward(*arguments)

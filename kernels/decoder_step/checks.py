@@ -9,7 +9,7 @@ from fused_transformer.kernels.decoder_step.memory import Memory
 from fused_transformer.kernels.decoder_step.packed import PackedDecoder
 
 
-def checked(x, decoder, cache, length, memory, ancestors, memory_lengths, sources, beams) -> tuple:
+def checked(x, decoder, cache, length, memory, ancestors, memory_lengths, sources, beams, positions, slots) -> tuple:
     """What a backend takes: the same, x contiguous."""
     if not isinstance(decoder, PackedDecoder):
         raise TypeError(f"decoder must be a PackedDecoder, got {type(decoder).__name__}")
@@ -20,8 +20,10 @@ def checked(x, decoder, cache, length, memory, ancestors, memory_lengths, source
     sequences = rows // beams
     fits = cache.dim() == 6 and (*cache.shape[:2], cache.shape[3], cache.shape[5]) == (depth, 2, heads, width // heads)
     shape = f"({depth}, 2, R, {heads}, room, {width // heads})"
+    require((positions is None) == (slots is None), "positions and slots must be given together")
     require(
-        fits and cache.shape[2] >= rows, f"cache must have shape {shape} with R >= {rows}, got {tuple(cache.shape)}"
+        fits and (cache.shape[2] >= rows or slots is not None),
+        f"cache must have shape {shape} with R >= {rows}, got {tuple(cache.shape)}",
     )
     require(0 <= length < cache.shape[4], f"cache has room for {cache.shape[4]} positions, and there are {length}")
     if type(memory) is not Memory:
@@ -38,15 +40,25 @@ def checked(x, decoder, cache, length, memory, ancestors, memory_lengths, source
         fits = ancestors.dim() == 2 and ancestors.shape[0] == rows and ancestors.shape[1] > length
         require(fits, f"ancestors must be ({rows}, more than {length}), got {tuple(ancestors.shape)}")
         _require("ancestors", ancestors, torch.int32, dense=True)
-    for name, x_, dtype in (("memory_lengths", memory_lengths, torch.int32), ("sources", sources, torch.int64)):
-        if x_ is not None:
-            require(x_.shape == (sequences,), f"{name} must have shape ({sequences},), got {tuple(x_.shape)}")
-            _require(name, x_, dtype, dense=True)
+    elif slots is not None:
+        raise ValueError("rows with slots of their own need ancestors, which say what they read")
+    vectors = (
+        ("memory_lengths", memory_lengths, torch.int32, sequences),
+        ("sources", sources, torch.int64, sequences),
+        ("positions", positions, torch.int64, rows),
+        ("slots", slots, torch.int64, rows),
+    )
+    for name, vector, dtype, count in vectors:
+        if vector is not None:
+            require(vector.shape == (count,), f"{name} must have shape ({count},), got {tuple(vector.shape)}")
+            _require(name, vector, dtype, dense=True)
     require(sources is not None or first.shape[0] >= sequences, f"memory has {first.shape[0]} rows for {sequences}")
-    return x.contiguous(), decoder, cache, length, memory, ancestors, memory_lengths, sources, beams
+    return x.contiguous(), decoder, cache, length, memory, ancestors, memory_lengths, sources, beams, positions, slots
 
 
 def _require(name: str, x: torch.Tensor, dtype: torch.dtype, dense: bool = False) -> None:
+    if x.dtype is dtype and x.is_cpu and not x.requires_grad and (not dense or x.stride(-1) == 1):
+        return  # as it nearly always is
     require(x.dtype == dtype, f"{name} must be {dtype}, got {x.dtype}")
     require(x.device.type == "cpu", f"{name} must be on the CPU, where the packed weights are, got {x.device}")
     if x.requires_grad and torch.is_grad_enabled():

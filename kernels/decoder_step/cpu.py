@@ -13,7 +13,19 @@ def refuses(_x, decoder, *_args) -> str | None:
     return "the weights were packed without the compiled extension" if decoder.native is None else None
 
 
-def forward(x: Tensor, decoder, cache: Tensor, length: int, memory, ancestors, memory_lengths, sources, beams: int):
+def forward(
+    x: Tensor,
+    decoder,
+    cache: Tensor,
+    length: int,
+    memory,
+    ancestors,
+    memory_lengths,
+    sources,
+    beams: int,
+    positions,
+    slots,
+):
     out = x.new_empty(x.shape)
     keys = memory[0][0]
     decoder.native.step(
@@ -25,5 +37,6 @@ def forward(x: Tensor, decoder, cache: Tensor, length: int, memory, ancestors, m
         [(k.data_ptr(), v.data_ptr()) for k, v in memory],
         (*keys.stride()[:3], keys.shape[0], keys.shape[2]),
         (_native.ptr(memory_lengths), _native.ptr(sources)),
+        (_native.ptr(positions), _native.ptr(slots)),
     )
     return out

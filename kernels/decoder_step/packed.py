@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -38,6 +39,11 @@ class PackedLayer:
 
     def linears(self) -> tuple[PackedLinear, ...]:
         return (self.qkv, self.self_out, self.query, self.memory_out, self.up, self.down)
+
+    def map(self, change: Callable[[PackedLinear], PackedLinear]) -> PackedLayer:
+        """The layer with each linear one changed."""
+        qkv, self_out, query, memory_out, up, down = map(change, self.linears())
+        return PackedLayer(qkv, self_out, query, memory_out, up, down, self.norms)
 
 
 class PackedDecoder:
@@ -90,6 +96,21 @@ class PackedDecoder:
     def nbytes(self) -> int:
         """Of the packed weights, which a step reads."""
         return sum(x.nbytes for layer in self.layers for x in layer.linears())
+
+    def rounded(self, weights: str) -> PackedDecoder:
+        """The same decoder with its matrices kept as `weights`, see `PackedLinear`."""
+
+        def rounded(x: PackedLinear) -> PackedLinear:
+            return PackedLinear(x.matrix(), x.bias, weights=weights)
+
+        return PackedDecoder(
+            [layer.map(rounded) for layer in self.layers],
+            self.num_heads,
+            norm_first=self.norm_first,
+            eps=self.eps,
+            activation=self.activation,
+            final_norm=self.final_norm,
+        )
 
     def _native(self):
         def addresses(norm: Norm) -> tuple[int, int]:

@@ -14,12 +14,31 @@ def refuses(*_args) -> None:
     return None
 
 
-def forward(x: Tensor, decoder, cache: Tensor, length: int, memory, ancestors, memory_lengths, sources, beams: int):
+def forward(
+    x: Tensor,
+    decoder,
+    cache: Tensor,
+    length: int,
+    memory,
+    ancestors,
+    memory_lengths,
+    sources,
+    beams: int,
+    positions,
+    slots,
+):
     rows, width = x.shape
     heads, filled = decoder.num_heads, length + 1
     own = torch.arange(rows, dtype=torch.int32, device=x.device)
     table = own[:, None].expand(-1, filled) if ancestors is None else ancestors[:, :filled]
     where = torch.arange(rows // beams, device=x.device) if sources is None else sources
+    histories = None
+    if positions is None:
+        positions, slots = torch.full((rows,), length, device=x.device), own.long()
+    else:
+        _require_within("positions", positions, length)
+        _require_within("slots", slots, cache.shape[2] - 1)
+        histories = positions + 1
 
     def norm(y: Tensor, parameters) -> Tensor:
         return F.layer_norm(y, (width,), *parameters, eps=decoder.eps)
@@ -29,8 +48,9 @@ def forward(x: Tensor, decoder, cache: Tensor, length: int, memory, ancestors, m
 
         def attend(y: Tensor, layer=layer, keys=keys, values=values) -> Tensor:
             q, k, v = linear(y, layer.qkv).view(rows, 3, heads, 1, -1).unbind(1)
-            keys[:rows, :, length], values[:rows, :, length] = k[:, :, 0], v[:, :, 0]
-            return decode_attention(q, keys[:, :, :filled], values[:, :, :filled], rows=table).reshape(rows, width)
+            keys[slots, :, positions], values[slots, :, positions] = k[:, :, 0], v[:, :, 0]
+            seen = decode_attention(q, keys[:, :, :filled], values[:, :, :filled], histories, rows=table)
+            return seen.reshape(rows, width)
 
         def look(y: Tensor, layer=layer, pair=memory[index]) -> Tensor:
             q = linear(y, layer.query).view(-1, beams, heads, width // heads).transpose(1, 2)
@@ -47,3 +67,9 @@ def forward(x: Tensor, decoder, cache: Tensor, length: int, memory, ancestors, m
             else:
                 x = norm(linear(inner(x), last, residual=x), parameters)
     return x if decoder.final_norm is None else norm(x, decoder.final_norm)
+
+
+def _require_within(name: str, numbers: Tensor, most: int) -> None:
+    wrong = numbers[(numbers < 0) | (numbers > most)]
+    if len(wrong):
+        raise ValueError(f"{name} must be between 0 and {most}, got {int(wrong[0])}")
