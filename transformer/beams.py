@@ -10,11 +10,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fused_transformer.beam_tree import BeamStep, OnStep
-from fused_transformer.constraints import Step
 from fused_transformer.hypotheses import NEVER, Hypotheses, OnTokens, Results
 from fused_transformer.kernels import log_softmax_top_k
 from fused_transformer.search_options import SearchOptions
-from fused_transformer.stepping import check_lengths, next_logits, refuse_nan
+from fused_transformer.stepping import RankedStep, Step, check_lengths, next_logits, refuse_nan
 
 
 class _Beams(NamedTuple):
@@ -135,9 +134,12 @@ def search_beams(
     # What changes only when a sentence leaves.
     first_rows, rows, limits = parents[:, :1], sentences.repeat_interleave(beam_size), max_lengths
     limit_penalties = options.penalise(limits)
+    rank = step.rank_hypotheses if isinstance(step, RankedStep) else None
     length = 0
     while sentences.numel():
         length += 1
+        if rank is not None:
+            rank(alive.scores)
         logits = next_logits(step, alive.tokens.flatten(0, 1), rows, parents.flatten())
         vocabulary = logits.shape[1]
         if vocabulary < 2:

@@ -6,15 +6,12 @@ over sentences or hypotheses.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
 from fused_transformer.hypotheses import NEVER
 from fused_transformer.search_options import SearchOptions
-
-Step = Callable[[Tensor, Tensor, Tensor], Tensor]
+from fused_transformer.stepping import RankedStep, Step
 
 
 def constrain(
@@ -57,6 +54,10 @@ class _Constrained:
         self.step, self.options, self.forced = step, options, forced
         self.eos_idx, self.padding_idx = eos_idx, padding_idx
         self.highest = max([*options.suppress_tokens, int(forced.max()) if forced is not None and len(forced) else 0])
+
+    def rank_hypotheses(self, scores: Tensor) -> None:
+        if isinstance(self.step, RankedStep):
+            self.step.rank_hypotheses(scores)
 
     def __call__(self, prefixes: Tensor, sentences: Tensor, parents: Tensor) -> Tensor:
         # A copy: the step may hand out rows of a table, or one row many times.

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import torch
 from torch import Tensor
@@ -15,8 +15,10 @@ from torch import Tensor
 from fused_transformer.beam_tree import OnStep
 from fused_transformer.incremental import DecoderState
 from fused_transformer.kernels.memory import empty_pages
+from fused_transformer.lookahead import LookingAhead, levels_for
 from fused_transformer.sampling import sentence_keys
-from fused_transformer.search import Hypotheses, OnTokens, SearchOptions, search
+from fused_transformer.search import Hypotheses, OnTokens, SearchOptions, Step, search
+from fused_transformer.stepping import check_lengths
 
 if TYPE_CHECKING:
     from fused_transformer.graphed import GraphedTransformer
@@ -82,6 +84,18 @@ class _DeferringStep(_CachedStep):
         return self.model.project(hidden)
 
 
+def _step_function(
+    model: Model, memory: Tensor, source_lengths: Tensor, options: SearchOptions, max_lengths: Tensor
+) -> Step:
+    if not hasattr(model, "likeliest"):
+        return _CachedStep(model, memory, source_lengths, options.rows)
+    packed = cast("PackedTransformer", model)
+    few = len(memory) > 0 and levels_for(len(memory), options.rows) > 0
+    if few and not options.num_samples and packed.draft is not None:
+        return LookingAhead(packed, memory, source_lengths, options.rows, int(max_lengths.max()))
+    return _DeferringStep(packed, memory, source_lengths, options.rows)
+
+
 def _check_source(source_tokens: Tensor) -> None:
     if not isinstance(source_tokens, Tensor):
         raise TypeError(f"source_tokens must be a torch.Tensor, got {type(source_tokens).__name__}")
@@ -140,12 +154,12 @@ def generate(
         max_lengths = _limits(source_lengths, options)
     if max_lengths.shape != source_tokens.shape[:1]:
         raise ValueError(f"max_lengths must be ({len(source_tokens)},), got shape {tuple(max_lengths.shape)}")
+    check_lengths(max_lengths)
     config = model.config
     with evaluating(model):
         memory = model.encode(source_tokens, source_lengths)
-        cached = _DeferringStep if hasattr(model, "likeliest") else _CachedStep
         return search(
-            cached(model, memory, source_lengths, options.rows),
+            _step_function(model, memory, source_lengths, options, max_lengths),
             max_lengths,
             options,
             forced=prefixes,

@@ -79,16 +79,22 @@ class DecoderState:
 
     def make_room(self) -> None:
         """Space for one more position, which every row writes where no other does."""
-        capacity = self.cache.shape[4]
-        if self.length == capacity:
-            layers, _, rows, heads, _, width = self.cache.shape
-            wider = empty_keys_and_values(layers, rows, heads, capacity + CAPACITY_STEP, width, like=self.cache)
-            wider[..., :capacity, :] = self.cache
-            self.cache = wider
-            if self.ancestors is not None:
-                self.ancestors = F.pad(self.ancestors, (0, CAPACITY_STEP))
+        self.reserve(self.length + 1)
         if self.ancestors is not None:
             self.ancestors[:, self.length] = torch.arange(self.rows, device=self.ancestors.device)
+
+    def reserve(self, positions: int) -> None:
+        """Space for so many positions in all, a few more if there was none."""
+        capacity = self.cache.shape[4]
+        if positions <= capacity:
+            return
+        layers, _, rows, heads, _, width = self.cache.shape
+        more = (positions - capacity + CAPACITY_STEP - 1) // CAPACITY_STEP * CAPACITY_STEP
+        wider = empty_keys_and_values(layers, rows, heads, capacity + more, width, like=self.cache)
+        wider[..., :capacity, :] = self.cache
+        self.cache = wider
+        if self.ancestors is not None:
+            self.ancestors = F.pad(self.ancestors, (0, more))
 
     def append(self, index: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         """Layer `index` of the newest position gets k and v (R, H, 1, D); what `decode_attention` reads then.

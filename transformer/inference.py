@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cached_property
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from fused_transformer import lookahead
 from fused_transformer.attention import MultiheadAttention
 from fused_transformer.config import TransformerConfig
 from fused_transformer.embedding import TokenEmbedding
@@ -21,9 +23,7 @@ from fused_transformer.masks import real_lengths
 from fused_transformer.model import Transformer
 from fused_transformer.packing import packing_if_worth_it
 
-# A vocabulary of fewer numbers than this is read from the cache, and more rows than that are bound by their products:
-# with 32,000 x 512 of them 4 rows take 2.0 ms where all logits take 2.6, and 6 rows take longer.
-LEAST_SCREENED, MOST_SCREENED_ROWS = 2**21, 4
+LEAST_SCREENED = 2**21  # numbers of a vocabulary's weights: fewer are read from the cache
 
 
 class PackedTransformer:
@@ -37,16 +37,20 @@ class PackedTransformer:
         weights: how the matrices are kept, see `PackedLinear`: "float32" (the model's own numbers), "bfloat16" (half
             the memory to read) or "int8" (a quarter; inputs are rounded to 255 levels too). Embeddings, norms and
             biases stay float32.
+        look_ahead: with float32 weights and a large vocabulary, let an int8 copy of the decoder guess what comes next
+            where few sentences are translated, and so compute several tokens with one reading of the weights (see
+            `lookahead.py`); results are the same to the bit. The copy takes a quarter of the decoder's memory, and is
+            made when it is first of use.
 
     Attributes:
-        config, weights: as given.
+        config, weights, look_ahead: as given.
         nbytes: of all packed weights.
 
     Raises:
         TypeError, ValueError: not a Transformer, not on the CPU, without decoder layers, or `weights` is unknown.
     """
 
-    def __init__(self, model: Transformer, *, weights: str = "float32") -> None:
+    def __init__(self, model: Transformer, *, weights: str = "float32", look_ahead: bool = True) -> None:
         if not isinstance(model, Transformer):
             raise TypeError(f"model must be a Transformer, got {type(model).__name__}")
         if weights not in WEIGHTS:
@@ -57,7 +61,7 @@ class PackedTransformer:
         if model.config.num_decoder_layers == 0:
             raise ValueError("a model without decoder layers has nothing to pack for decoding")
         self.config: TransformerConfig = model.config
-        self.weights = weights
+        self.weights, self.look_ahead = weights, look_ahead
         self.training = False
         config = model.config
         self._heads, self._eps = config.num_heads, config.layer_norm_eps
@@ -84,7 +88,9 @@ class PackedTransformer:
     def nbytes(self) -> int:
         encoder = sum(x.nbytes for layer in self._encoder for x in layer[:4])
         screen = 0 if self._screened is None else self._screened.nbytes
-        return encoder + self._decoder.nbytes + self._memory.nbytes + self._output.nbytes + screen
+        draft = self.__dict__.get("draft")  # if it has been made
+        beside = screen + (0 if draft is None else draft.decoder.nbytes)
+        return encoder + self._decoder.nbytes + self._memory.nbytes + self._output.nbytes + beside
 
     def eval(self) -> PackedTransformer:
         """Nothing: it has no other mode."""
@@ -116,7 +122,7 @@ class PackedTransformer:
         if source_lengths is None:
             source_lengths = self.lengths(source_tokens)
         x = self._source(source_tokens)
-        shape = x.shape
+        shape, width = x.shape, x.shape[2] // self._heads
         packing = packing_if_worth_it(source_lengths, x)
         x = x.flatten(0, 1) if packing is None else packing.pack(x)
         for qkv, out, up, down, first, second in self._encoder:
@@ -124,10 +130,10 @@ class PackedTransformer:
             def attend(y: Tensor, qkv=qkv) -> Tensor:
                 parts = linear(y, qkv)
                 if packing is not None:
-                    q, k, v = parts.view(len(y), 3, self._heads, -1).unbind(1)
+                    q, k, v = parts.view(len(y), 3, self._heads, width).unbind(1)
                     return attention(q, k, v, q_offsets=packing.offsets).flatten(1)
-                q, k, v = parts.view(*shape[:2], 3, self._heads, -1).permute(2, 0, 3, 1, 4)
-                return attention(q, k, v, k_lengths=source_lengths).transpose(1, 2).reshape(len(y), -1)
+                q, k, v = parts.view(*shape[:2], 3, self._heads, width).permute(2, 0, 3, 1, 4)
+                return attention(q, k, v, k_lengths=source_lengths).transpose(1, 2).reshape(y.shape)
 
             x = self._sublayer(x, first, attend, out)
             x = self._sublayer(x, second, lambda y, up=up: linear(y, up, activation=self.config.activation), down)
@@ -164,6 +170,45 @@ class PackedTransformer:
         return hidden
 
     @torch.no_grad()
+    def step_at(
+        self,
+        x: Tensor,
+        state: DecoderState,
+        ancestors: Tensor,
+        positions: Tensor,
+        slots: Tensor,
+        *,
+        length: int,
+        beams: int,
+        decoder: PackedDecoder,
+    ) -> Tensor:
+        """Embedded tokens x (R, E) at positions and in rows of the cache of their own; see `decoder_step`."""
+        return decoder_step(
+            x,
+            decoder,
+            state.cache,
+            length,
+            state.memory,
+            ancestors=ancestors,
+            memory_lengths=state.memory_lengths,
+            sources=state.sources,
+            beams=beams,
+            positions=positions,
+            slots=slots,
+        )
+
+    @cached_property
+    def draft(self) -> lookahead.Draft | None:
+        """Its decoder in int8, to guess what it will say; None where that is no gain. Made when first asked for."""
+        if not self.look_ahead or self._screened is None or self._screened.rounded is None:
+            return None
+        try:
+            rounded = self._decoder.rounded("int8")
+        except ValueError:  # a weight that is not finite, or a width beyond it, has no int8 form
+            return None
+        return lookahead.Draft.of(rounded, self._screened.rounded, self.config.eos_idx)
+
+    @torch.no_grad()
     def project(self, hidden: Tensor) -> Tensor:
         """As `Transformer.project`."""
         return linear(hidden, self._output)
@@ -174,7 +219,7 @@ class PackedTransformer:
 
         None where nothing is gained by asking for less than all logits: many rows, or a small vocabulary.
         """
-        if self._screened is None or len(hidden) > MOST_SCREENED_ROWS:
+        if self._screened is None or len(hidden) > lookahead.MOST_GREEDY_ROWS:
             return None
         return linear_argmax(hidden, self._screened)
 

@@ -24,13 +24,13 @@ from torch import Tensor
 
 from fused_transformer.beam_tree import BeamStep, OnStep
 from fused_transformer.beams import search_beams
-from fused_transformer.constraints import Step, constrain
+from fused_transformer.constraints import constrain
 from fused_transformer.deferred import Deferred, DeferringStep
 from fused_transformer.hypotheses import NEVER, Hypotheses, NewTokens, OnTokens, Results
 from fused_transformer.kernels import log_softmax_top_k
 from fused_transformer.sampling import draw, uniforms
 from fused_transformer.search_options import SearchOptions
-from fused_transformer.stepping import check_lengths, next_logits, refuse_nan
+from fused_transformer.stepping import Step, check_lengths, next_logits, refuse_nan
 
 __all__ = [
     "BeamStep",

@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Protocol, runtime_checkable
+
 import torch
 from torch import Tensor
 
-from fused_transformer.constraints import Step
+Step = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+@runtime_checkable
+class RankedStep(Protocol):
+    """A step function that wants to know how likely the hypotheses are: on that depends what is asked for next."""
+
+    def rank_hypotheses(self, scores: Tensor) -> None:
+        """Ahead of each call in a beam search: log-probabilities (b, beam_size) of its rows."""
 
 
 def next_logits(step: Step, prefixes: Tensor, sentences: Tensor, parents: Tensor) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from copy import copy
+
 import torch
 from torch import Tensor
 
@@ -65,6 +67,14 @@ class PackedLinear:
         if self.native is not None:
             return self.native.bytes
         return self.out_features * self.in_features * {"float32": 4, "bfloat16": 2, "int8": 1}[self.weights]
+
+    def with_bias(self, bias: Tensor | None) -> PackedLinear:
+        """The same packed weights, which are not copied, beside another bias (N,) float32."""
+        if bias is not None and (bias.shape != (self.out_features,) or bias.dtype != torch.float32):
+            raise ValueError(f"bias must be ({self.out_features},) float32, got {tuple(bias.shape)} {bias.dtype}")
+        other = copy(self)
+        other.bias = None if bias is None else bias.detach().contiguous()
+        return other
 
     def matrix(self) -> Tensor:
         """(N, K) float32: what the packed weights stand for."""

@@ -14,6 +14,7 @@ class ScreenedLinear:
 
     Attributes:
         linear: as given.
+        rounded: the same layer with int8 weights; None without the compiled extension.
         nbytes: of what is held beside it: N · K bytes of int8 weights, and 8 N of bounds.
 
     Raises:
@@ -29,9 +30,10 @@ class ScreenedLinear:
             raise ValueError("a bias with NaN has no largest result")
         self.linear = linear
         self.native = None
+        self.rounded: PackedLinear | None = None
         if linear.native is not None:
-            rounded = PackedLinear(linear.matrix(), weights="int8")
-            self.native = _native.library().Screen(linear.native, rounded.native, _native.ptr(linear.bias))
+            self.rounded = PackedLinear(linear.matrix(), linear.bias, weights="int8")
+            self.native = _native.library().Screen(linear.native, self.rounded.native, _native.ptr(linear.bias))
 
     @property
     def nbytes(self) -> int:
