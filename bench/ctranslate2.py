@@ -37,6 +37,7 @@ from bench.report import ROOT, write_comparison
 from bench.timing import in_turn, quantiles
 from fused_transformer import Transformer, TransformerConfig, export
 from fused_transformer.checkpoint import load_model, save_model
+from fused_transformer.lookahead import levels_for
 
 # Engine and weights; the first is what the others must agree with and are compared with.
 CONTESTANTS = (
@@ -46,6 +47,8 @@ CONTESTANTS = (
     ("fused", "bfloat16"),
     ("fused", "int8"),
 )
+# Timed beside "fused" where that looks ahead: what it is without.
+ONE_BY_ONE = ("one_by_one", "float32")
 BASE = TransformerConfig(source_vocab_size=32_000)
 TINY = TransformerConfig(
     source_vocab_size=300, d_model=32, num_heads=2, d_feedforward=64, num_encoder_layers=2, num_decoder_layers=2
@@ -116,7 +119,7 @@ def agreement(work: Work, expected: list[Tokens], found: list[Tokens], judge: Tr
 def load(folder: Path, threads: int) -> tuple[dict[str, Contestant], dict[str, str]]:
     """The contestants by name, and why others are not among them."""
     engines, absent = {}, {}
-    for engine, weights in CONTESTANTS:
+    for engine, weights in (*CONTESTANTS, ONE_BY_ONE):
         try:
             engines[f"{engine} {weights}"] = Contestant(engine, weights, folder, threads)
         except NotImplementedError as error:
@@ -126,6 +129,8 @@ def load(folder: Path, threads: int) -> tuple[dict[str, Contestant], dict[str, s
 
 def measure(work: Work, engines: dict[str, Contestant], config: TransformerConfig, rounds: int, judge, rate) -> dict:
     """One row: what each engine found, then how long it took, in turns that rotate from round to round."""
+    if not levels_for(work.batch, work.beam_size):
+        engines = {name: engine for name, engine in engines.items() if name != " ".join(ONE_BY_ONE)}
     found = {name: engine.translate(work)[0] for name, engine in engines.items()}  # and a warm-up
     first = next(iter(engines))
     agreements = {
@@ -227,6 +232,7 @@ def compare(arguments: argparse.Namespace, folder: Path) -> dict:
         "date": f"{date.today():%Y-%m-%d}",
         "quick": arguments.quick,
         "processes_of_their_own": True,
+        "looks_ahead": True,
         "model": config.to_dict(),
         "rates": measured,
         "rows": rows,

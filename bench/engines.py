@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from fused_transformer import PackedTransformer, SearchOptions, Transformer, generate
+from fused_transformer import PackedTransformer, SearchOptions, generate
 from fused_transformer.checkpoint import load_model
 
 Tokens = list[int]
@@ -54,9 +54,11 @@ class CTranslate2(Engine):
 class Fused(Engine):
     """This package."""
 
+    look_ahead = True
+
     def __init__(self, folder: Path, weights: str, threads: int) -> None:
         self.threads = threads
-        self.model = ours(load_model(folder / MODEL_FILE), weights)
+        self.model = PackedTransformer(load_model(folder / MODEL_FILE), weights=weights, look_ahead=self.look_ahead)
 
     def translate(self, sources: Sequence[Tokens], beam_size: int, length: int) -> list[Tokens]:
         torch.set_num_threads(self.threads)
@@ -72,9 +74,10 @@ class Fused(Engine):
         return [hypotheses[0] for hypotheses in found.tolist()]
 
 
-ENGINES: dict[str, type[Engine]] = {"ctranslate2": CTranslate2, "fused": Fused}
+class OneByOne(Fused):
+    """This package, which computes a token at a time even where it need not."""
+
+    look_ahead = False
 
 
-def ours(model: Transformer, weights: str) -> Transformer | PackedTransformer:
-    """What `generate` decodes with, its weights kept as "float32", "bfloat16" or "int8"."""
-    return PackedTransformer(model, weights=weights)
+ENGINES: dict[str, type[Engine]] = {"ctranslate2": CTranslate2, "fused": Fused, "one_by_one": OneByOne}

@@ -38,14 +38,16 @@ def facts() -> dict:
 
 
 def processor() -> str:
-    """The model name as the system gives it."""
+    """The model name as the system gives it; with family and model where it has no number, as in virtual machines."""
     try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
-        pass
-    return platform.processor() or platform.machine()
+        lines = []
+    told = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in reversed(lines))}
+    name = told.get("model name") or platform.processor() or platform.machine()
+    if "cpu family" in told and "model" in told and not any(letter.isdigit() for letter in name):
+        return f"{name} (family {told['cpu family']}, model {told['model']})"
+    return name
 
 
 def commit() -> str | None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 COLUMNS = {
     "CTranslate2 float32": "ctranslate2 float32",
     "ours float32": "fused float32",
+    "token by token": "one_by_one float32",
     "CTranslate2 int8": "ctranslate2 int8",
     "ours bfloat16": "fused bfloat16",
     "ours int8": "fused int8",
@@ -22,7 +23,7 @@ def of_ctranslate2(result: dict) -> str:
         f"{model['d_model']}, {model['target_vocab_size']:,} subwords, random weights, exactly "
         f"{result['rows'][0]['length']} tokens out of 8 to 60; medians of turns. In brackets: the share of the least "
         "time that reading all weights and multiplying by them takes at this machine's own rates (above 100 %: weights "
-        "that stay in the cache, or need not be read)." + _together(result),
+        "that stay in the cache, or need not be read, or are read once for several tokens)." + _earlier(result),
         "",
         "| work | " + " | ".join(COLUMNS) + " |",
         "|---|" + "--:|" * len(COLUMNS),
@@ -33,13 +34,17 @@ def of_ctranslate2(result: dict) -> str:
     return "\n".join(lines)
 
 
-def _together(result: dict) -> str:
-    """What is to be said of a result from before `bench.contestant`."""
-    if result.get("processes_of_their_own"):
-        return ""
-    return (
-        " (All engines in one process, where with 2 threads each is in the others' way: up to half as fast as alone.)"
-    )
+def _earlier(result: dict) -> str:
+    """What is to be said of a result from before `bench.contestant`, or from before decoding looked ahead."""
+    told = ""
+    if not result.get("processes_of_their_own"):
+        told = (
+            " All engines ran in one process, where with 2 threads each is in the others' way: up to half as fast as "
+            "alone."
+        )
+    if not result.get("looks_ahead"):
+        told += " Measured before decoding looked ahead: float32 at batch 1 is quicker since."
+    return told
 
 
 def _cell(row: dict, name: str) -> str:

@@ -50,7 +50,7 @@ def test_a_quick_run(tmp_path, capfd):
     for figures in result["processes"].values():
         assert 0 < figures["before_megabytes"] <= figures["peak_megabytes"] and figures["load_seconds"] > 0
     assert set(result["rows"][0]["engines"]) | set(result["absent"]) == {
-        " ".join(contestant) for contestant in comparison.CONTESTANTS
+        " ".join(contestant) for contestant in (*comparison.CONTESTANTS, comparison.ONE_BY_ONE)
     }
     assert "batch 3 beam 4, 1 thread" in capfd.readouterr().out
 
