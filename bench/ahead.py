@@ -64,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--sentences", type=int, default=100, help="how many lines of it")
     parsed = parser.parse_args(arguments)
     model, tokenizer, _, _ = load_checkpoint(find_checkpoint(parsed.model))
-    inference.LEAST_SCREENED = 1  # smaller models read their weights from the cache, and do not look ahead by themselves
+    inference.LEAST_SCREENED = 1  # smaller models read their weights from the cache: there nothing is gained
     packed = Counting(model.eval())
     lines = read_lines(parsed.source)[: parsed.sentences]
     sources = [[*tokens, model.config.eos_idx] for tokens in tokenizer.encode(lines) if tokens]

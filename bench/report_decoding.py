@@ -17,6 +17,7 @@ def of_ctranslate2(result: dict) -> str:
     """A row for each batch, beam size and thread count: tokens a second, and how many times CTranslate2's float32."""
     machine = result["machine"]
     model = result["model"]
+    columns = {head: name for head, name in COLUMNS.items() if any(name in row["engines"] for row in result["rows"])}
     lines = [
         f"Tokens a second on {machine['processor']}, {result['date']}, CTranslate2 {machine['ctranslate2']}, "
         f"torch {machine['torch']}: {model['num_encoder_layers']} + {model['num_decoder_layers']} layers of "
@@ -25,10 +26,10 @@ def of_ctranslate2(result: dict) -> str:
         "time that reading all weights and multiplying by them takes at this machine's own rates (above 100 %: weights "
         "that stay in the cache, or need not be read, or are read once for several tokens)." + _earlier(result),
         "",
-        "| work | " + " | ".join(COLUMNS) + " |",
-        "|---|" + "--:|" * len(COLUMNS),
+        "| work | " + " | ".join(columns) + " |",
+        "|---|" + "--:|" * len(columns),
     ]
-    lines += [f"| {row['name']} | " + " | ".join(_cell(row, name) for name in COLUMNS.values()) + " |"
+    lines += [f"| {row['name']} | " + " | ".join(_cell(row, name) for name in columns.values()) + " |"
               for row in result["rows"]]  # fmt: skip
     lines += ["", _agreement(result["rows"]), "", _processes(result["processes"])]
     return "\n".join(lines)

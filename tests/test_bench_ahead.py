@@ -28,7 +28,8 @@ def test_steps_of_a_model_and_its_draft(tmp_path, capsys):
     assert cli_train.main([*files, "--preset", "tiny", *sizes, "--steps", "40", "--threads", "1"]) == 0
     capsys.readouterr()
     assert ahead.main(["--model", str(tmp_path / "run"), "--source", source, "--sentences", "5"]) == 0
-    told = re.findall(r"beam size (\d): (\d+) tokens in (\d+) steps of the model, ([\d.]+) .* (\d+) of the draft", capsys.readouterr().out)
+    line = r"beam size (\d): (\d+) tokens in (\d+) steps of the model, ([\d.]+) .* (\d+) of the draft"
+    told = re.findall(line, capsys.readouterr().out)
     assert [int(row[0]) for row in told] == [1, 4]
     for beam_size, tokens, steps, rate, drafts in told:
         most = 4 if beam_size == "1" else 3
@@ -37,7 +38,8 @@ def test_steps_of_a_model_and_its_draft(tmp_path, capsys):
     greedy, packed = 0, PackedTransformer(model.eval(), look_ahead=False)
     with open(source, encoding="utf-8") as lines:
         for tokens in tokenizer.encode([next(lines).strip() for _ in range(5)]):
-            found = generate(packed, torch.tensor([[*tokens, model.config.eos_idx]]), options=SearchOptions(beam_size=1))
+            sentence = torch.tensor([[*tokens, model.config.eos_idx]])
+            found = generate(packed, sentence, options=SearchOptions(beam_size=1))
             greedy += int(found.lengths + found.finished)
     assert greedy == int(told[0][1])
 

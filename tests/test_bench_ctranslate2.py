@@ -108,9 +108,12 @@ def test_the_table_of_readme_is_of_the_committed_result():
     files = newest(ROOT / "bench" / "results" / "ctranslate2")
     if not files:
         pytest.skip("no result is committed")
-    result = json.loads(files[-1].read_text())
-    text = report_decoding.of_ctranslate2(result)
-    assert text in (ROOT / "README.md").read_text()
-    row = result["rows"][0]
-    for name in report_decoding.COLUMNS.values():
-        assert f"{row['engines'][name]['tokens_per_second']:,.0f}" in text
+    readme = (ROOT / "README.md").read_text()
+    for file in files:
+        result = json.loads(file.read_text())
+        text = report_decoding.of_ctranslate2(result)
+        assert text in readme
+        engines = result["rows"][0]["engines"]
+        assert set(engines) <= set(report_decoding.COLUMNS.values())
+        for figures in engines.values():
+            assert f"{figures['tokens_per_second']:,.0f}" in text
