@@ -19,7 +19,7 @@ import torch
 
 from fused_transformer import PackedTransformer, SearchOptions, generate, inference
 from fused_transformer.checkpoint import find_checkpoint, load_checkpoint
-from fused_transformer.lookahead import levels_for
+from fused_transformer.guessing import levels_for
 from fused_transformer.text import read_lines
 
 BEAMS = (1, 4)

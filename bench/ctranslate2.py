@@ -37,7 +37,7 @@ from bench.report import ROOT, write_comparison
 from bench.timing import in_turn, quantiles
 from fused_transformer import Transformer, TransformerConfig, export
 from fused_transformer.checkpoint import load_model, save_model
-from fused_transformer.lookahead import levels_for
+from fused_transformer.guessing import levels_for
 
 # Engine and weights; the first is what the others must agree with and are compared with.
 CONTESTANTS = (

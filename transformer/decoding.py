@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from fused_transformer.beam_tree import OnStep
+from fused_transformer.guessing import levels_for
 from fused_transformer.incremental import DecoderState
 from fused_transformer.kernels.memory import empty_pages
-from fused_transformer.lookahead import LookingAhead, levels_for
+from fused_transformer.lookahead import LookingAhead
 from fused_transformer.sampling import sentence_keys
 from fused_transformer.search import Hypotheses, OnTokens, SearchOptions, Step, search
 from fused_transformer.stepping import check_lengths

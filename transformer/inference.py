@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from fused_transformer import lookahead
+from fused_transformer import guessing
 from fused_transformer.attention import MultiheadAttention
 from fused_transformer.config import TransformerConfig
 from fused_transformer.embedding import TokenEmbedding
@@ -198,7 +198,7 @@ class PackedTransformer:
         )
 
     @cached_property
-    def draft(self) -> lookahead.Draft | None:
+    def draft(self) -> guessing.Draft | None:
         """Its decoder in int8, to guess what it will say; None where that is no gain. Made when first asked for."""
         if not self.look_ahead or self._screened is None or self._screened.rounded is None:
             return None
@@ -206,7 +206,7 @@ class PackedTransformer:
             rounded = self._decoder.rounded("int8")
         except ValueError:  # a weight that is not finite, or a width beyond it, has no int8 form
             return None
-        return lookahead.Draft.of(rounded, self._screened.rounded, self.config.eos_idx)
+        return guessing.Draft.of(rounded, self._screened.rounded, self.config.eos_idx)
 
     @torch.no_grad()
     def project(self, hidden: Tensor) -> Tensor:
@@ -219,7 +219,7 @@ class PackedTransformer:
 
         None where nothing is gained by asking for less than all logits: many rows, or a small vocabulary.
         """
-        if self._screened is None or len(hidden) > lookahead.MOST_GREEDY_ROWS:
+        if self._screened is None or len(hidden) > guessing.MOST_GREEDY_ROWS:
             return None
         return linear_argmax(hidden, self._screened)
 

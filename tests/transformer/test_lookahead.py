@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from fused_transformer import PackedTransformer, SearchOptions, Transformer, generate, inference, lookahead
+from fused_transformer import PackedTransformer, SearchOptions, Transformer, generate, guessing, inference
 from fused_transformer.deferred import DeferringStep
-from fused_transformer.lookahead import Draft, LookingAhead, Pace, levels_for, width_for
+from fused_transformer.guessing import Draft, Pace, levels_for, width_for
+from fused_transformer.lookahead import LookingAhead
 from fused_transformer.stepping import RankedStep
 from tests.oracle import assert_equal
 from tests.transformer.models import LENGTHS, SOURCE, VARIANTS, tiny
@@ -17,8 +18,8 @@ from tests.transformer.models import LENGTHS, SOURCE, VARIANTS, tiny
 @pytest.fixture(autouse=True)
 def _small_vocabularies_too(monkeypatch):
     monkeypatch.setattr(inference, "LEAST_SCREENED", 1)
-    monkeypatch.setattr(lookahead, "MOST_ROWS", 64)
-    monkeypatch.setattr(lookahead, "MOST_GREEDY_ROWS", 16)
+    monkeypatch.setattr(guessing, "MOST_ROWS", 64)
+    monkeypatch.setattr(guessing, "MOST_GREEDY_ROWS", 16)
 
 
 class Counting(PackedTransformer):
@@ -70,7 +71,7 @@ def search(packed: PackedTransformer, options: dict, sentences: int = 3, monkeyp
     if monkeypatch is None:
         return generate(packed, SOURCE[:sentences], LENGTHS[:sentences], SearchOptions(**options), **arguments)
     with monkeypatch.context() as patch:
-        patch.setattr(lookahead, "MOST_LEVELS", 0)
+        patch.setattr(guessing, "MOST_LEVELS", 0)
         return generate(packed, SOURCE[:sentences], LENGTHS[:sentences], SearchOptions(**options), **arguments)
 
 
@@ -212,14 +213,14 @@ def test_the_pace():
     while pace.ahead == 0:
         pace.learn(0, 0)
         without += 1
-    assert without == lookahead.FIRST_PAUSE and pace.ahead == 1
+    assert without == guessing.FIRST_PAUSE and pace.ahead == 1
     pace.learn(1, 0)
-    assert (pace.ahead, pace.left) == (0, 2 * lookahead.FIRST_PAUSE)
+    assert (pace.ahead, pace.left) == (0, 2 * guessing.FIRST_PAUSE)
     for _ in range(20):
         pace.learn(1, 0)
-    assert pace.left == lookahead.LONGEST_PAUSE
+    assert pace.left == guessing.LONGEST_PAUSE
     pace.learn(1, 1)
-    assert (pace.ahead, pace.pause) == (2, lookahead.FIRST_PAUSE)
+    assert (pace.ahead, pace.pause) == (2, guessing.FIRST_PAUSE)
     still = Pace(0)
     still.learn(0, 0)
     assert still.ahead == 0
