@@ -58,6 +58,10 @@ class DecoderState:
         """Go on with these sequences alone: numbers among the B there are (finished ones left out, say)."""
         first = sequences * self.beam_size
         self._follow((first[:, None] + torch.arange(self.beam_size, device=first.device)).flatten())
+        self.select_memory(sequences)
+
+    def select_memory(self, sequences: Tensor) -> None:
+        """Of `select`, what has a row for each sequence."""
         self.sources = sequences if self.sources is None else self.sources.index_select(0, sequences)
         if self.memory_lengths is not None:
             self.memory_lengths = self.memory_lengths.index_select(0, sequences)

@@ -144,10 +144,7 @@ class LookingAhead:
         self.position += self.level + 1
         left = len(tokens) // self.beam_size
         if left < self.batch:  # sentences have ended
-            stay, state = place[:: self.beam_size] // before.size, self.state
-            state.sources = stay if state.sources is None else state.sources.index_select(0, stay)
-            if state.memory_lengths is not None:
-                state.memory_lengths = state.memory_lengths.index_select(0, stay)
+            self.state.select_memory(place[:: self.beam_size] // before.size)
             self.batch = left
         ancestors = before.ancestors.index_select(0, place)
         more = self._make_room() - ancestors.shape[1]

@@ -13,9 +13,7 @@ struct BFloat16 {
   struct Weights {
     Vec even, odd;
   };
-  struct Factors {
-    Vec even, odd;
-  };
+  using Factors = Weights;
   static FT_INLINE Weights unpack(const char* p) {
     const auto pair = load_raw<UVec>(p);
     return {(Vec)(pair << 16), (Vec)(pair & 0xffff0000u)};

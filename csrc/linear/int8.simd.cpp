@@ -33,9 +33,7 @@ struct Int8 {
   struct Weights {
     SVec even, odd;
   };
-  struct Factors {
-    SVec even, odd;
-  };
+  using Factors = Weights;
   static FT_INLINE Weights unpack(const char* p) {
     const auto four = load_raw<SVec>(p);
     return {(four << 8) >> 8, four >> 8};

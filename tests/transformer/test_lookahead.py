@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from bench import ahead
 from fused_transformer import PackedTransformer, SearchOptions, Transformer, generate, guessing, inference
 from fused_transformer.deferred import DeferringStep
 from fused_transformer.guessing import Draft, Pace, levels_for, width_for
@@ -22,17 +23,10 @@ def _small_vocabularies_too(monkeypatch):
     monkeypatch.setattr(guessing, "MOST_GREEDY_ROWS", 16)
 
 
-class Counting(PackedTransformer):
-    """Counts steps of the model, of its draft, and without guesses at all."""
+class Counting(ahead.Counting):
+    """Counts steps that look no further, too."""
 
-    own = drafted = plain = 0
-
-    def step_at(self, *arguments, decoder, **options):
-        if decoder is self._decoder:
-            self.own += 1
-        else:
-            self.drafted += 1
-        return super().step_at(*arguments, decoder=decoder, **options)
+    plain = 0
 
     def step(self, tokens, state):
         self.plain += 1
@@ -81,10 +75,10 @@ def search(packed: PackedTransformer, options: dict, sentences: int = 3, monkeyp
 def test_the_same_bits_as_token_by_token(monkeypatch, kind, options, sentences):
     packed = kind(tiny().eval())
     want = search(packed, options, sentences, monkeypatch)
-    assert packed.plain > 0 and packed.own == packed.drafted == 0
+    assert packed.plain > 0 and packed.steps == packed.drafts == 0
     packed.plain = 0
     assert_equal(search(packed, options, sentences), want)
-    assert packed.plain == 0 and packed.own > 0 and packed.drafted > 0
+    assert packed.plain == 0 and packed.steps > 0 and packed.drafts > 0
 
 
 @pytest.mark.parametrize("variant", [name for name in VARIANTS if name != "no_layers"])
@@ -118,13 +112,13 @@ def test_where_guesses_fit_the_model_makes_few_steps(beam_size):
     packed = exact(tiny().eval())
     found = search(packed, {"beam_size": beam_size, "min_length": 39, "max_length": 40}, sentences=1)
     assert found.lengths.item() >= 39
-    assert packed.own <= (11 if beam_size == 1 else 14) and packed.drafted <= 3 * packed.own
+    assert packed.steps <= (11 if beam_size == 1 else 14) and packed.drafts <= 3 * packed.steps
 
 
 def test_where_guesses_never_fit_they_are_given_up():
     packed = misleading(tiny().eval())
     search(packed, {"beam_size": 1, "min_length": 199, "max_length": 200}, sentences=1)
-    assert 150 < packed.own <= 200 and packed.drafted < 40
+    assert 150 < packed.steps <= 200 and packed.drafts < 40
 
 
 def test_tokens_and_steps_are_told_as_they_were(monkeypatch):
@@ -166,7 +160,7 @@ def test_who_has_no_draft():
 def test_samples_are_drawn_token_by_token():
     packed = Counting(tiny().eval())
     search(packed, {"beam_size": 1, "num_samples": 2})
-    assert packed.plain > 0 and packed.own == 0
+    assert packed.plain > 0 and packed.steps == 0
 
 
 def test_another_default_device_changes_nothing(monkeypatch):
@@ -175,7 +169,7 @@ def test_another_default_device_changes_nothing(monkeypatch):
         want = search(packed, options, monkeypatch=monkeypatch)
         with torch.device("meta"):
             assert_equal(search(packed, options), want)
-    assert packed.own > 0 and packed.draft is not None and packed.draft.output.bias.device.type == "cpu"
+    assert packed.steps > 0 and packed.draft is not None and packed.draft.output.bias.device.type == "cpu"
 
 
 @pytest.mark.parametrize("beam_size", [1, 4])
