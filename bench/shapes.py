@@ -1,13 +1,19 @@
 """The shapes of the benchmarks, each named after the model it comes from.
 
-Batches hold about 4,096 tokens, the size a 2-core machine works through in milliseconds; on a GPU raise `batch`.
+Batches hold about 4,096 tokens, the size a 2-core machine works through in milliseconds. On a GPU (what --device says)
+they hold 16 times as many, and what is float32 on a CPU is bfloat16 and the other way round: a few rows of a group are
+for the rarer dtype.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
+
+from bench.timing import Stamp
+
+TIMES_ON_A_GPU = 16
 
 
 @dataclass(frozen=True)
@@ -132,3 +138,17 @@ LAYER_WMT = Layer("transformer-base wmt", 32, 107, mix="wmt")
 # small: what a 2-core machine trains on Multi30k; base: the paper's, with a vocabulary of 8,000
 MODEL_SMALL = Model("transformer-small", 64, 32, 256, 4, 1024, 3, 8000)
 MODEL_BASE = Model("transformer-base", 16, 32, 512, 8, 2048, 6, 8000)
+
+
+def on_a_gpu(shape):
+    """What a GPU is given instead of a shape; one that is large and 16 bits wide already stays."""
+    larger = {name: TIMES_ON_A_GPU * getattr(shape, name) for name in ("batch", "rows") if hasattr(shape, name)}
+    if not hasattr(shape, "dtype"):
+        return replace(shape, **larger)
+    other = torch.float32 if shape.dtype == torch.bfloat16 else torch.bfloat16
+    return replace(shape, **larger, dtype=other)
+
+
+if Stamp.device == "cuda":  # set ahead of the first import of this module (bench/conftest.py)
+    ALL = (Attention, Embedding, Rows, Layer, Model)
+    globals().update({name: on_a_gpu(one) for name, one in list(globals().items()) if isinstance(one, ALL)})

@@ -8,6 +8,8 @@
 - Without a GPU, Triton kernels run in Triton's interpreter, repaired as tests/interpreter.py says.
 - Without a GPU, CUDA kernels are compiled by g++ and run on the CPU (tests/emulated.py): the backend "cuda" is named
   cuda-emulated then, and its tests are marked emulated.
+- A kernel that broke the CUDA context (an illegal address) ends its process after the test that did it: every later test
+  there would fail too, and say nothing. With pytest-xdist a new worker goes on with the rest.
 - Skips are counted by reason at the end: a suite that skips everything must not look green.
 
 Helpers: tests/oracle.py compares results, tests/inputs.py makes them. Import both as `from tests.oracle import ...`.
@@ -18,6 +20,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import random
+import sys
 import zlib
 from collections import Counter
 
@@ -77,6 +80,19 @@ def _seed_from_the_test_id(request):
     seed = zlib.crc32(request.node.nodeid.encode())
     random.seed(seed)
     torch.manual_seed(seed)
+    yield
+    if on_cuda:
+        _end_with_a_broken_context(request.node.nodeid)
+
+
+def _end_with_a_broken_context(test: str):
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError as error:
+        print(f"\n{test} broke the CUDA context: {error}", file=sys.__stderr__, flush=True)
+        if "PYTEST_XDIST_WORKER" in os.environ:
+            os._exit(1)
+        pytest.exit(f"{test} broke the CUDA context: {error}", returncode=1)
 
 
 def pytest_terminal_summary(terminalreporter):

@@ -124,6 +124,7 @@ def describe(job: str, name: str, kernel, arch: int) -> Build:
         command = [
             ptxas.path,
             "-v",
+            *([] if kernel.metadata.enable_fp_fusion else ["--fmad=false"]),
             f"--gpu-name={sm_arch_from_capability(arch)}",
             source.name,
             "-o",

@@ -23,7 +23,7 @@ FT_DEVICE void store_output(const AttentionForward& args, const Sequence& s, int
       const int query = row + r * 16 + half * 8 + group();
       if (query < s.L && pair() == 0)
         *query_row<float>(args, args.lse, s, head, query) =
-            sum == 0.0f ? -INFINITY : softmax.maximum[r][half] * natural + logf(sum);
+            sum == 0.0f ? -INFINITY : fmaf(softmax.maximum[r][half], natural, logf(sum));
     }
   store_rows<R, N>(stage, stage_row, 0, out, factor, query_row<T>(args, args.out, s, head, row), args.out.row,
                    s.L - row, int(args.D), args.vectors);

@@ -1,5 +1,8 @@
 #pragma once
 // The online softmax of a warp's rows (Milakov and Gimelshein 2018), and values that are NaN or infinite.
+//
+// Multiply-adds are written out: left to the compiler, it fuses a product with a sum in one kernel and not in another,
+// and large and small tiles would differ in the last bit.
 
 #include "../common/exp2.cuh"
 #include "device_bias.cuh"
@@ -52,7 +55,7 @@ struct Softmax {
         score = exp_of_difference<T>(score, shift, unit);
         more += score;
       }
-    sum[r][half] = sum[r][half] * decay + more;
+    sum[r][half] = fmaf(sum[r][half], decay, more);
     return decay;
   }
 

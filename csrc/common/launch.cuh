@@ -61,7 +61,9 @@ template <class... P, class... A>
 void launch(void (*kernel)(P...), const Grid& grid, int block, int64_t shared_bytes, void* stream, const A&... args) {
   FT_REQUIRE(grid.x >= 1 && grid.x <= 0x7fffffff && grid.y >= 1 && grid.y <= 65535 && grid.z >= 1 && grid.z <= 65535,
              "a grid of " << grid.x << " x " << grid.y << " x " << grid.z << " blocks is more than CUDA takes");
-  constexpr int64_t kUnasked = 48 << 10;  // a kernel that wants more shared memory must say so
+  // A kernel that wants more than 48 KB of shared memory must say so. That limit holds for its static variables too,
+  // which tests/csrc/test_cuda_builds.py keeps below 8 KB.
+  constexpr int64_t kUnasked = 40 << 10;
   if (shared_bytes > kUnasked)
     FT_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes)));
   kernel<<<dim3(unsigned(grid.x), unsigned(grid.y), unsigned(grid.z)), unsigned(block), size_t(shared_bytes),

@@ -130,7 +130,8 @@ def _reads_scores(mask: Mask, q: Tensor) -> bool:
 
 
 def _launch(kernel, programs: int, chosen: Config, q: Tensor, *args) -> None:
-    options = {"maxnreg": chosen.registers} if chosen.registers else {}
+    options: dict = {"maxnreg": chosen.registers} if chosen.registers else {}
+    options["enable_fp_fusion"] = False  # triton_tiles.py says why
     if programs > 0:
         with _triton.current(q):
             kernel[(programs,)](*args, num_warps=chosen.warps, num_stages=chosen.stages, **options)

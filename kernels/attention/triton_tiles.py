@@ -8,6 +8,10 @@ every tile. Masks select, they never add: what a masked key holds is gone with i
 Scores are in one of two units, chosen by `Blocks.NATURAL`. Folded: the plain product q·k, and exp(scale · product)
 is exp2(product · factor - shift), one multiply-add. Natural: scale · product + bias, with the error of plain torch,
 for float32 and for biases of any size.
+
+Kernels are compiled without fusing products with sums (launched with enable_fp_fusion=False), and a multiply-add that
+is wanted is written out: what a compiler fuses depends on what stands between, and a mask that hides nothing would
+change bits.
 """
 
 from __future__ import annotations
@@ -292,7 +296,7 @@ def exponential(score, shift, scale, blocks):
     if blocks.NATURAL:
         return tl.exp2((score - shift) * LOG2E)
     else:
-        return tl.exp2(score * (scale * LOG2E) - shift)
+        return tl.exp2(tl.fma(score, scale * LOG2E, -shift))
 
 
 @triton.jit

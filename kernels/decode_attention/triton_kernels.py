@@ -24,7 +24,8 @@ def _keys(lengths_ptr, b, capacity):
     """How many keys sequence b has."""
     if lengths_ptr is None:
         return capacity
-    return _clamped(tl.load(lengths_ptr + b), 0, capacity)
+    else:  # without it Triton before 3.7 compiles what follows, for a pointer that is None
+        return _clamped(tl.load(lengths_ptr + b), 0, capacity)
 
 
 @triton.jit

@@ -87,6 +87,7 @@ def backward(dy, dtotal, total, weight, mean, rstd, seed, dropout_p, rms, param_
                     *(dy_rows, total_rows, weight, mean, rstd, means, rows, cols, stride_dy, stride_total),
                     BLOCK_N=means_tile.cols,
                     num_warps=means_tile.warps,
+                    enable_fp_fusion=False,
                 )
         triton_backward.layer_norm_backward_kernel[(parts, triton.cdiv(cols, tile.cols))](
             *(dy_rows, dtotal_rows, total_rows, weight, mean, rstd, means, seed),
@@ -95,6 +96,9 @@ def backward(dy, dtotal, total, weight, mean, rstd, seed, dropout_p, rms, param_
             BLOCK_M=tile.rows,
             BLOCK_N=tile.cols,
             num_warps=tile.warps,
+            # g - mean(g) must be 0 where they are equal, as they are in rows of one column: fused with the product
+            # dy · weight it would be that product's rounding error.
+            enable_fp_fusion=False,
         )
         if any(wanted[2:]):
             tile = triton_backward.sums_tile(cols)

@@ -21,6 +21,7 @@ from tests.csrc import building, cuda_builds
 # and may not grow.
 MAY_SPILL: dict[str, str] = {}
 SHARED_LIMIT = 48 * 1024  # static: more than this can only be asked for at the launch
+STATIC_BESIDE_DYNAMIC = 8 * 1024
 
 needs_nvcc = pytest.mark.skipif(cuda_builds.toolkit() is None, reason="no CUDA toolkit (nvcc) on this machine")
 OPS = sorted({path.parent.name for path in building.CSRC.glob("*/*.cu")})
@@ -54,6 +55,18 @@ def test_no_kernel_spills(op):
         if build.kernel.partition("<")[0] not in MAY_SPILL:
             assert build.spills == 0 and build.stack == 0, build
         assert build.shared <= SHARED_LIMIT, build
+
+
+@needs_nvcc
+@pytest.mark.slow
+@pytest.mark.parametrize("op", OPS)
+def test_static_and_unasked_dynamic_memory_fit_together(op):
+    """A GPU refuses a launch whose static and dynamic memory are more than 48 KB together, unless more was asked for;
+    csrc/common/launch.cuh asks for it from 40 KB of dynamic memory on."""
+    if not any("dynamic_shared()" in source.read_text() for source in (building.CSRC / op).glob("*.cu")):
+        pytest.skip(f"{op} has no kernel with dynamic shared memory")
+    for build in cuda_builds.builds(op):
+        assert build.shared <= STATIC_BESIDE_DYNAMIC, build
 
 
 @needs_nvcc

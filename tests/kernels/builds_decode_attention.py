@@ -31,8 +31,10 @@ CALLS = {
     "step D=128": {"D": 128, "C": 4096},
     "step D=256": {"D": 256},
     "beams by table": {"rows": "table"},
+    "step of a whole cache": {"lengths": False},
     # several
     "beams side by side": {"L": 4, "causal": False},
+    "beams over a whole cache": {"L": 4, "causal": False, "lengths": False},
     "grouped queries D=128": {"B": 1, "H": 32, "D": 128, "C": 4096},
     "grouped queries by table": {"H": 32, "rows": "table"},
     "draft of grouped queries": {"B": 1, "H": 32, "L": 8},

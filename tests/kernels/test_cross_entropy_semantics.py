@@ -135,6 +135,8 @@ def test_where_nobody_looks_a_bad_target_gives_nan_and_reads_nothing(backend, ta
         pytest.skip(f"cross_entropy, {backend}: {module}")
     tensors = make(device=device)
     logits, targets = tensors["logits"], tensors["targets"]
+    if backend == "cpu" and device != "cpu":
+        pytest.skip("it takes the addresses it is given for those of a CPU")
     targets[4] = target
     rest = (0.9, 0.1 / V, 0.0, -100)
     with running_on(backend):

@@ -203,6 +203,8 @@ def test_nan_and_plus_infinity_leave_nothing_to_choose_in_their_sentence(backend
 
 @every_backend
 def test_the_same_bits_again_on_any_number_of_threads_and_alone(backend, device):
+    if backend == "reference" and device != "cpu":
+        pytest.skip("torch's own sums, which a GPU shares out by how many rows there are")
     case = Case("any", rows=12, beams=4, cols=4200, k=8)
     logits, addend = make(case, device=device)
     runs = []
