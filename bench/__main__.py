@@ -44,7 +44,12 @@ def parser() -> argparse.ArgumentParser:
     told.add_argument("--compare", type=Path, nargs=2, metavar=("OLD.json", "NEW.json"), help=both)
     told.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to run (default: cpu)")
     told.add_argument("--results", type=Path, metavar="DIR", help="write JSON and pictures here")
-    told.add_argument("--row-seconds", type=float, metavar="S", help="time one row about this long (3; quick: 0.3)")
+    told.add_argument(
+        "--row-seconds",
+        type=float,
+        metavar="S",
+        help="time one row about this long (3; quick: 0.3; GPU: a tenth, a third)",
+    )
     return told
 
 

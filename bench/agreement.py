@@ -22,8 +22,8 @@ def forward_backward(function: Callable) -> Callable:
         out = function(*args)
         shape = (out.shape, out.dtype)
         if shape not in kept:
-            generator = torch.Generator().manual_seed(1)
-            kept[shape] = torch.randn(out.shape, generator=generator).to(out.device, out.dtype)
+            generator = torch.Generator(out.device).manual_seed(1)
+            kept[shape] = torch.randn(out.shape, generator=generator, device=out.device).to(out.dtype)
         leaves = [x for x in args if isinstance(x, torch.Tensor) and x.requires_grad]
         return (out, *torch.autograd.grad(out, leaves, kept[shape]))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 
 import torch
@@ -73,6 +74,13 @@ def flex(wrap: Callable = lambda function: function, *, mask: tuple | None = Non
         return made["run"](q, k, v, block_mask=made["blocks"], **options)
 
     return guarded(wrap(attend))
+
+
+def mixed(device: str, dtype: torch.dtype = torch.float32) -> AbstractContextManager:
+    """What layers and models of `dtype` run in: on a GPU autocast to bfloat16, as trainings there do; float64 never."""
+    if device == "cpu" or dtype == torch.float64:
+        return nullcontext()
+    return torch.autocast(device, torch.bfloat16)
 
 
 def sdpa_backends(device: str) -> dict[str, SDPBackend]:

@@ -146,7 +146,7 @@ def bench_attention_keep_mask(compare, shape, device):
 @pytest.mark.parametrize("shape", [shapes.T5], ids=str)
 def bench_attention_bias(compare, shape, device):
     """A bias for each head and pair, as T5's relative positions."""
-    bias = torch.randn(1, shape.heads, shape.length, shape.keys, device=device)
+    bias = torch.randn(1, shape.heads, shape.length, shape.keys, device=device, dtype=shape.dtype)
     seen = shape.batch * shape.length * shape.keys
     masks = {"fused": {"bias": bias}, "naive": {"bias": bias}, "torch_s": {"attn_mask": bias}}
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from bench import shapes
 from bench.agreement import forward_backward
 from bench.baselines import compiled
 from fused_transformer.kernels import bias_act
@@ -43,10 +44,10 @@ class Hidden:
         return self.rows * self.width * (forward_of + backward_of * backward)
 
 
-BASE = Hidden("transformer-base", "relu", 4096, 2048)
-BASE_BF16 = Hidden("transformer-base", "relu", 4096, 2048, dtype=torch.bfloat16)
-BERT = Hidden("bert-base", "gelu", 4096, 3072)
-BERT_BF16 = Hidden("bert-base", "gelu", 4096, 3072, dtype=torch.bfloat16)
+BASE = shapes.here(Hidden("transformer-base", "relu", 4096, 2048))
+BASE_BF16 = shapes.here(Hidden("transformer-base", "relu", 4096, 2048, dtype=torch.bfloat16))
+BERT = shapes.here(Hidden("bert-base", "gelu", 4096, 3072))
+BERT_BF16 = shapes.here(Hidden("bert-base", "gelu", 4096, 3072, dtype=torch.bfloat16))
 SHAPES = [BASE, BASE_BF16, BERT, BERT_BF16]
 DROPOUT = 0.1
 
@@ -57,7 +58,7 @@ def chain(x, bias, *, activation, dropout_p=0.0):
 
 def make(shape: Hidden, device: str, grad: bool = False):
     sizes = [(shape.rows, shape.width), (shape.width,)]
-    return tuple(torch.randn(size).to(device, shape.dtype).requires_grad_(grad) for size in sizes)
+    return tuple(torch.randn(size, device=device).to(shape.dtype).requires_grad_(grad) for size in sizes)
 
 
 def implementations(shape: Hidden, wrap=lambda function: function) -> dict:

@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from bench import shapes
 from bench.agreement import forward_backward
 from bench.baselines import compiled
 from fused_transformer.kernels import cross_entropy
@@ -44,10 +45,10 @@ class Logits:
 
 
 # Fewer tokens than the other benchmarks' 4,096: their logits alone would be half a gigabyte, and a gigabyte in float64.
-BASE = Logits("transformer-base", 512, 32000)
-BASE_BF16 = Logits("transformer-base", 512, 32000, dtype=torch.bfloat16)
-SMALL = Logits("transformer-small", 2048, 8000)
-LLAMA_BF16 = Logits("llama-3", 128, 128256, dtype=torch.bfloat16)
+BASE = shapes.here(Logits("transformer-base", 512, 32000))
+BASE_BF16 = shapes.here(Logits("transformer-base", 512, 32000, dtype=torch.bfloat16))
+SMALL = shapes.here(Logits("transformer-small", 2048, 8000))
+LLAMA_BF16 = shapes.here(Logits("llama-3", 128, 128256, dtype=torch.bfloat16))
 SHAPES = [BASE, BASE_BF16, SMALL, LLAMA_BF16]
 
 
@@ -62,7 +63,7 @@ def torchs(logits, targets):
 
 
 def make(shape: Logits, device: str, grad: bool = False):
-    logits = 2 * torch.randn(shape.tokens, shape.vocabulary)
+    logits = 2 * torch.randn(shape.tokens, shape.vocabulary, device=device)
     targets = torch.randint(0, shape.vocabulary, (shape.tokens,))
     return logits.to(device, shape.dtype).requires_grad_(grad), targets.to(device)
 

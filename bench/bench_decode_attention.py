@@ -17,13 +17,13 @@ from bench.baselines import keep_of_lengths, naive_attention, sdpa, sdpa_backend
 from fused_transformer.kernels import attention, decode_attention
 
 # `keys` is the cache's capacity. Sequences fill 60 % of it on average.
-TRANSFORMER = shapes.Attention("transformer-base", 64, 8, 1, 128)
-GPT2 = shapes.Attention("gpt2", 8, 12, 1, 1024)
-LLAMA_1B = shapes.Attention("llama-3.2-1b", 4, 32, 1, 2048, heads_k=8)
-LLAMA_8B_BF16 = shapes.Attention("llama-3-8b", 4, 32, 1, 2048, width=128, heads_k=8, dtype=torch.bfloat16)
+TRANSFORMER = shapes.here(shapes.Attention("transformer-base", 64, 8, 1, 128))
+GPT2 = shapes.here(shapes.Attention("gpt2", 8, 12, 1, 1024))
+LLAMA_1B = shapes.here(shapes.Attention("llama-3.2-1b", 4, 32, 1, 2048, heads_k=8))
+LLAMA_8B_BF16 = shapes.here(shapes.Attention("llama-3-8b", 4, 32, 1, 2048, width=128, heads_k=8, dtype=torch.bfloat16))
 ALONE = shapes.Attention("llama-3.2-1b", 1, 32, 1, 4096, heads_k=8)  # one sequence: only its keys can be shared out
-BEAMS = shapes.Attention("transformer-base beam 4", 64 * 4, 8, 1, 64)
-MEMORY = shapes.Attention("transformer-base beam 4", 64, 8, 4, 64)  # a source's beams side by side
+BEAMS = shapes.here(shapes.Attention("transformer-base beam 4", 64 * 4, 8, 1, 64))
+MEMORY = shapes.here(shapes.Attention("transformer-base beam 4", 64, 8, 4, 64))  # a source's beams side by side
 
 
 def tensors(shape: shapes.Attention, device: str) -> tuple[torch.Tensor, ...]:

@@ -30,7 +30,7 @@ def norm(x, weight, bias):
 
 def make(shape: shapes.Rows, device: str, grad: bool = False):
     sizes = [(shape.rows, shape.width), (shape.rows, shape.width), (shape.width,), (shape.width,)]
-    return tuple(torch.randn(size).to(device, shape.dtype).requires_grad_(grad) for size in sizes)
+    return tuple(torch.randn(size, device=device).to(shape.dtype).requires_grad_(grad) for size in sizes)
 
 
 def elements(shape: shapes.Rows) -> int:

@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from bench import packages
+from bench import packages, shapes
 from bench.agreement import forward_backward
 from bench.baselines import compiled
 from fused_transformer.kernels import cross_entropy, linear_cross_entropy
@@ -46,9 +46,9 @@ class Tokens:
         return 2 * (self.tokens + self.vocabulary) * self.width * self.dtype.itemsize
 
 
-BASE = Tokens("transformer-base", 2048, 512, 32000)
-BASE_BF16 = Tokens("transformer-base", 2048, 512, 32000, dtype=torch.bfloat16)
-SMALL = Tokens("transformer-small", 2048, 256, 8000)
+BASE = shapes.here(Tokens("transformer-base", 2048, 512, 32000))
+BASE_BF16 = shapes.here(Tokens("transformer-base", 2048, 512, 32000, dtype=torch.bfloat16))
+SMALL = shapes.here(Tokens("transformer-small", 2048, 256, 8000))
 SHAPES = [BASE, BASE_BF16, SMALL]
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
+from bench import shapes
 from fused_transformer.kernels import log_softmax_top_k
 
 
@@ -41,10 +42,10 @@ class Step:
 
 
 SHAPES = [
-    Step("transformer-base", 64, 4, 32000),
-    Step("transformer-base", 64, 4, 32000, dtype=torch.bfloat16),
+    shapes.here(Step("transformer-base", 64, 4, 32000)),
+    shapes.here(Step("transformer-base", 64, 4, 32000, dtype=torch.bfloat16)),
     Step("transformer-base", 1, 4, 32000),  # one sentence: rows are cut, or a GPU has little to do
-    Step("transformer-small", 64, 4, 8000),
+    shapes.here(Step("transformer-small", 64, 4, 8000)),
     Step("llama-3", 1, 8, 128256, dtype=torch.bfloat16),
 ]
 
@@ -65,8 +66,8 @@ def implementations(shape: Step) -> dict:
 
 
 def make(shape: Step, device: str) -> tuple[torch.Tensor, torch.Tensor]:
-    logits = (2 * torch.randn(shape.rows, shape.vocabulary)).to(device, shape.dtype)
-    return logits, (-8 + torch.randn(shape.rows)).to(device)
+    logits = (2 * torch.randn(shape.rows, shape.vocabulary, device=device)).to(shape.dtype)
+    return logits, -8 + torch.randn(shape.rows, device=device)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from copy import deepcopy
+from functools import partial
 
 import pytest
 import torch
@@ -18,8 +19,8 @@ from torch import Tensor, nn
 
 from bench import shapes
 from bench.agreement import assert_close_in_norm
-from bench.baselines import sentence_lengths
-from fused_transformer import Transformer, TransformerConfig
+from bench.baselines import mixed, sentence_lengths
+from fused_transformer import GraphedTransformer, Transformer, TransformerConfig
 from fused_transformer.kernels import sinusoidal_positions
 
 PAD, BOS = 0, 1
@@ -112,8 +113,9 @@ def bench_training_step(compare, shape, device):
     }
 
     def loss_of(model: nn.Module) -> Tensor:
-        logits = model(source, target)
-        return F.cross_entropy(logits.flatten(0, 1), expected.flatten(), ignore_index=PAD, label_smoothing=0.1)
+        with mixed(device, next(model.parameters()).dtype):
+            logits = model(source, target)
+            return F.cross_entropy(logits.flatten(0, 1), expected.flatten(), ignore_index=PAD, label_smoothing=0.1)
 
     def step(label: str) -> Tensor:
         optimizers[label].zero_grad()
@@ -142,7 +144,7 @@ def bench_training_step(compare, shape, device):
         ours.encoder.load_state_dict(torchs.encoder.state_dict())
         ours.decoder.load_state_dict(torchs.decoder.state_dict())
         ours.source_embedding.load_state_dict(torchs.embedding.state_dict())
-        assert_close_in_norm(losses(ours), losses(exact))
+        assert_close_in_norm(losses(ours), losses(exact), within=1e-2 if device == "cpu" else 5e-2)
 
     implementations = {label: lambda label=label: step(label) for label in models}
     compare(implementations, check=check, tokens=int(target_lengths.sum()))
@@ -163,9 +165,12 @@ def bench_greedy_decoding(compare, shape, device):
             target = torch.cat([target, logits.argmax(-1, keepdim=True)], dim=1)
         return target
 
+    if device == "cuda":  # as `translate` does there; "unpacked" is the model itself, each step op by op
+        models = {**models, "unpacked": models["fused"], "fused": GraphedTransformer(models["fused"])}
+
     @torch.no_grad()
-    def with_cache() -> Tensor:
-        model, target = models["fused"], first
+    def with_cache(label: str) -> Tensor:
+        model, target = models[label], first
         state = model.start(model.encode(source, lengths), lengths)
         for _ in range(STEPS):
             logits = model.project(model.step(target[:, -1], state))
@@ -173,6 +178,10 @@ def bench_greedy_decoding(compare, shape, device):
         return target
 
     def check(results) -> None:
-        assert torch.equal(results["fused"], results["torch.nn"]), "the two models translate differently"
+        for label in results:
+            # With random weights the most likely token is nearly a tie now and then, and on a GPU there are many rows.
+            same = (results[label] == results["torch.nn"]).all(1).float().mean()
+            assert same == 1 if device == "cpu" else same > 0.95, f"{label}: {same:.1%} of translations are the same"
 
-    compare({"torch.nn": without_cache, "fused": with_cache}, check=check, tokens=STEPS * shape.batch)
+    ours = {label: partial(with_cache, label) for label in models if label != "torch.nn"}
+    compare({"torch.nn": without_cache, **ours}, check=check, tokens=STEPS * shape.batch)

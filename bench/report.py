@@ -28,11 +28,13 @@ def results_of(machine: dict, rooflines: dict, rows: list[dict], curves: list[di
     return {**head, "rows": rows, "curves": curves, "memory": memory}
 
 
-def write_results(folder: Path, results: dict) -> Path:
-    """Write one run as JSON; the file is named after the processor or GPU, and the day."""
+def write_results(folder: Path, results: dict, *, complete: bool = True) -> Path:
+    """Write one run as JSON; the file is named after the processor or GPU, and the day. One that is not complete has
+    another name, and README is never made of it: a row missing would mislead."""
     folder.mkdir(parents=True, exist_ok=True)
     machine = results["machine"]
-    path = folder / f"{slug(machine.get('gpu') or machine['processor'])}_{results['date']}.json"
+    end = "" if complete else "_incomplete"
+    path = folder / f"{slug(machine.get('gpu') or machine['processor'])}_{results['date']}{end}.json"
 
     def one(value) -> str:
         if not isinstance(value, list):

@@ -7,13 +7,25 @@ for the rarer dtype.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import torch
 
 from bench.timing import Stamp
 
 TIMES_ON_A_GPU = 16
+COUNTS = ("batch", "rows", "tokens", "sentences")  # what is 16 times as many
+
+
+def here(shape):
+    """The shape as this device is given it. Stamp.device is set ahead of the first import of a benchmark."""
+    if Stamp.device == "cpu":
+        return shape
+    counts = {one.name: TIMES_ON_A_GPU * getattr(shape, one.name) for one in fields(shape) if one.name in COUNTS}
+    if not hasattr(shape, "dtype"):
+        return replace(shape, **counts)
+    other = torch.float32 if shape.dtype == torch.bfloat16 else torch.bfloat16
+    return replace(shape, **counts, dtype=other)
 
 
 @dataclass(frozen=True)
@@ -101,19 +113,21 @@ class Model:
 
 
 # Vaswani et al. 2017, base: E = 512, 8 heads of 64. Sentences of one batch differ in length (bench/baselines.py).
-BASE_64 = Attention("transformer-base", 64, 8, 64, 64)
-BASE_128 = Attention("transformer-base", 32, 8, 128, 128)
-BASE_512 = Attention("transformer-base", 8, 8, 512, 512)
-BASE_128_BF16 = Attention("transformer-base", 32, 8, 128, 128, dtype=torch.bfloat16)
-BASE_CROSS = Attention("transformer-base", 32, 8, 64, 128)
-BASE_STEP = Attention("transformer-base", 64, 8, 1, 128)  # one decoding step over the encoder's memory
-WMT = Attention("transformer-base wmt", 64, 8, 107, 107, mix="wmt")  # the paper's task: most of a batch is padding
-BERT = Attention("bert-base", 32, 12, 128, 128)
-VIT = Attention("vit-base-16", 16, 12, 197, 197)
-GPT2 = Attention("gpt2", 2, 12, 1024, 1024)
-T5 = Attention("t5-base", 8, 12, 256, 256)
-LLAMA_1B = Attention("llama-3.2-1b", 1, 32, 512, 512, heads_k=8)
-LLAMA_8B = Attention("llama-3-8b", 1, 32, 512, 512, width=128, heads_k=8)
+BASE_64 = here(Attention("transformer-base", 64, 8, 64, 64))
+BASE_128 = here(Attention("transformer-base", 32, 8, 128, 128))
+BASE_512 = here(Attention("transformer-base", 8, 8, 512, 512))
+BASE_128_BF16 = here(Attention("transformer-base", 32, 8, 128, 128, dtype=torch.bfloat16))
+BASE_CROSS = here(Attention("transformer-base", 32, 8, 64, 128))
+BASE_STEP = here(Attention("transformer-base", 64, 8, 1, 128))  # one decoding step over the encoder's memory
+WMT = here(
+    Attention("transformer-base wmt", 64, 8, 107, 107, mix="wmt")
+)  # the paper's task: most of a batch is padding
+BERT = here(Attention("bert-base", 32, 12, 128, 128))
+VIT = here(Attention("vit-base-16", 16, 12, 197, 197))
+GPT2 = here(Attention("gpt2", 2, 12, 1024, 1024))
+T5 = here(Attention("t5-base", 8, 12, 256, 256))
+LLAMA_1B = here(Attention("llama-3.2-1b", 1, 32, 512, 512, heads_k=8))
+LLAMA_8B = here(Attention("llama-3-8b", 1, 32, 512, 512, width=128, heads_k=8))
 # Long enough to be about kernels alone. llama-3-70b: what one of eight GPUs has of it.
 LONG_BF16 = (
     Attention("llama-3.2-1b", 4, 32, 2048, 2048, heads_k=8, dtype=torch.bfloat16),
@@ -121,34 +135,20 @@ LONG_BF16 = (
     Attention("llama-3-70b", 1, 8, 8192, 8192, width=128, heads_k=1, dtype=torch.bfloat16),
 )
 
-EMBEDDING_BASE = Embedding("transformer-base", 32, 128, 512, 32000)
-EMBEDDING_BIG = Embedding("transformer-big", 16, 128, 1024, 32000)
-EMBEDDING_BASE_BF16 = Embedding("transformer-base", 32, 128, 512, 32000, dtype=torch.bfloat16)
-EMBEDDING_STEP = Embedding("transformer-base step", 64, 1, 512, 32000)  # one decoding step
+EMBEDDING_BASE = here(Embedding("transformer-base", 32, 128, 512, 32000))
+EMBEDDING_BIG = here(Embedding("transformer-big", 16, 128, 1024, 32000))
+EMBEDDING_BASE_BF16 = here(Embedding("transformer-base", 32, 128, 512, 32000, dtype=torch.bfloat16))
+EMBEDDING_STEP = here(Embedding("transformer-base step", 64, 1, 512, 32000))  # one decoding step
 
-ROWS_BASE = Rows("transformer-base", 4096, 512)
-ROWS_BASE_BF16 = Rows("transformer-base", 4096, 512, dtype=torch.bfloat16)
-ROWS_BIG = Rows("transformer-big", 4096, 1024)
-ROWS_STEP = Rows("transformer-base step", 64, 512)  # one decoding step
+ROWS_BASE = here(Rows("transformer-base", 4096, 512))
+ROWS_BASE_BF16 = here(Rows("transformer-base", 4096, 512, dtype=torch.bfloat16))
+ROWS_BIG = here(Rows("transformer-big", 4096, 1024))
+ROWS_STEP = here(Rows("transformer-base step", 64, 512))  # one decoding step
 
-LAYER_BASE_64 = Layer("transformer-base", 32, 64)
-LAYER_BASE_128 = Layer("transformer-base", 16, 128)
-LAYER_WMT = Layer("transformer-base wmt", 32, 107, mix="wmt")
+LAYER_BASE_64 = here(Layer("transformer-base", 32, 64))
+LAYER_BASE_128 = here(Layer("transformer-base", 16, 128))
+LAYER_WMT = here(Layer("transformer-base wmt", 32, 107, mix="wmt"))
 
 # small: what a 2-core machine trains on Multi30k; base: the paper's, with a vocabulary of 8,000
-MODEL_SMALL = Model("transformer-small", 64, 32, 256, 4, 1024, 3, 8000)
-MODEL_BASE = Model("transformer-base", 16, 32, 512, 8, 2048, 6, 8000)
-
-
-def on_a_gpu(shape):
-    """What a GPU is given instead of a shape; one that is large and 16 bits wide already stays."""
-    larger = {name: TIMES_ON_A_GPU * getattr(shape, name) for name in ("batch", "rows") if hasattr(shape, name)}
-    if not hasattr(shape, "dtype"):
-        return replace(shape, **larger)
-    other = torch.float32 if shape.dtype == torch.bfloat16 else torch.bfloat16
-    return replace(shape, **larger, dtype=other)
-
-
-if Stamp.device == "cuda":  # set ahead of the first import of this module (bench/conftest.py)
-    ALL = (Attention, Embedding, Rows, Layer, Model)
-    globals().update({name: on_a_gpu(one) for name, one in list(globals().items()) if isinstance(one, ALL)})
+MODEL_SMALL = here(Model("transformer-small", 64, 32, 256, 4, 1024, 3, 8000))
+MODEL_BASE = here(Model("transformer-base", 16, 32, 512, 8, 2048, 6, 8000))

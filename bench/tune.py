@@ -1,8 +1,8 @@
-"""python -m bench.tune: times candidate tiles of attention's Triton kernels on this GPU, for kernels/attention/
-triton_config.py.
+"""python -m bench.tune: times candidate tiles of attention's Triton kernels in bfloat16 on this GPU, for
+kernels/attention/triton_config.py.
 
 Each candidate is compiled first, several processes side by side (Triton keeps what they compile on disk), and then timed
-alone in this one. A line is a kernel, a dtype, a head width and a mask; behind it the candidates, fastest first. "own"
+alone in this one. A line is a kernel, a head width and a mask; behind it the candidates, fastest first. "own"
 marks what the table has now. Tiles must not depend on batch or length, so a candidate is worth the line it takes if it
 is faster at every length here.
 """
@@ -23,45 +23,28 @@ from fused_transformer.kernels import attention, use_backend
 from fused_transformer.kernels.attention import triton as kernels
 from fused_transformer.kernels.attention.triton_config import Config, config
 
-DTYPES = {"bf16": torch.bfloat16, "f32": torch.float32}
 MASKS = {"unmasked": {}, "causal": {"causal": "top_left"}}
-LENGTHS = (128, 512, 2048)
+LENGTHS = (128, 2048)
 TOKENS = 32768  # of a batch, whatever the length
 WIDTH_OF_MODEL = 2048  # heads times their width
 
 
-def candidates(kernel: str, dtype: str, width: int) -> Iterator[Config]:
+def candidates(kernel: str, width: int) -> Iterator[Config]:
     """Tiles whose operands can fit; what does not compile or has no room is left out when it is met."""
-    if dtype == "f32":
-        sizes = product((16, 32, 64), (16, 32, 64), (4, 8), (1, 2))
-        yield from (Config(m, n, warps, stages) for m, n, warps, stages in sizes if m * n <= 2048)
-        return
-    for m, n, warps, stages in product((64, 128), (32, 64, 128), (4, 8), (2, 3, 4)):
-        if (m * n >= 128 * 128 and warps == 4) or (m * n < 64 * 64 and warps == 8):
-            continue
-        if kernel == "dkdv" and (m, n) == (128, 32):
-            continue
-        if stages == 4 and width > 64:
-            continue
-        yield Config(m, n, warps, stages)
-        if kernel == "forward" and m == 128 and width == 64 and warps == 8:
-            yield Config(m, n, warps, stages, registers=128)
+    for m, n, warps, stages in product((64, 128), (32, 64, 128), (4, 8), (2, 3)):
+        crowded, idle = m * n >= 128 * 128 and warps == 4, m * n < 64 * 128 and warps == 8
+        flat = (kernel == "dkdv" and n < m) or (kernel != "dkdv" and m < n)
+        if not (crowded or idle or flat):
+            yield Config(m, n, warps, stages)
 
 
-def lines() -> Iterator[tuple[str, str, int, str]]:
-    for kernel, width, mask in product(("forward", "dq", "dkdv"), (64, 128), MASKS):
-        yield kernel, "bf16", width, mask
-    for kernel in ("forward", "dq", "dkdv"):
-        yield kernel, "bf16", 256, "causal"
-        yield kernel, "f32", 64, "causal"
+def lines() -> Iterator[tuple[str, int, str]]:
+    yield from product(("forward", "dq", "dkdv"), (64, 128), MASKS)
 
 
-def inputs(dtype: str, width: int, length: int) -> list[torch.Tensor]:
-    heads = max(1, WIDTH_OF_MODEL // width)
-    shape = (max(1, TOKENS // length), heads, length, width)
-    if dtype == "f32":
-        shape = (max(1, shape[0] // 4), *shape[1:])
-    return [torch.randn(shape, dtype=DTYPES[dtype], device="cuda").requires_grad_() for _ in range(3)]
+def inputs(width: int, length: int) -> list[torch.Tensor]:
+    shape = (TOKENS // length, WIDTH_OF_MODEL // width, length, width)
+    return [torch.randn(shape, dtype=torch.bfloat16, device="cuda").requires_grad_() for _ in range(3)]
 
 
 class Forced:
@@ -108,17 +91,17 @@ def run(kernel: str, chosen: Config, mask: str, args: list[torch.Tensor], timed:
 
 def compile_share(place: int, of: int) -> None:
     """Compiles every `of`-th candidate of all lines: one of the processes side by side."""
-    every = [(line, chosen) for line in lines() for chosen in candidates(*line[:3])]
-    for (kernel, dtype, width, mask), chosen in every[place::of]:
-        run(kernel, chosen, mask, inputs(dtype, width, 128), timed=False)
+    every = [(line, chosen) for line in lines() for chosen in candidates(*line[:2])]
+    for (kernel, width, mask), chosen in every[place::of]:
+        run(kernel, chosen, mask, inputs(width, 128), timed=False)
 
 
-def measure(line: tuple[str, str, int, str]) -> list[dict]:
-    kernel, dtype, width, mask = line
-    of_length = {length: inputs(dtype, width, length) for length in LENGTHS}
+def measure(line: tuple[str, int, str]) -> list[dict]:
+    kernel, width, mask = line
+    of_length = {length: inputs(width, length) for length in LENGTHS}
     own = config(kernel, of_length[LENGTHS[0]][0])
     measured = []
-    for chosen in dict.fromkeys((own, *candidates(kernel, dtype, width))):
+    for chosen in dict.fromkeys((own, *candidates(kernel, width))):
         times = [run(kernel, chosen, mask, args, timed=True) for args in of_length.values()]
         if times[0] < float("inf"):
             measured.append({"tiles": vars(chosen), "own": chosen == own, "microseconds": times})
