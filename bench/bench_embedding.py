@@ -64,11 +64,12 @@ def bench_embedding_dropout(compare, shape, device):
     positions = positions.to(shape.dtype)
 
     def check(results):
+        rounding = {"rtol": 1e-4, "atol": 1e-5} if shape.dtype == torch.float32 else {"rtol": 2e-2, "atol": 1e-2}
         plain = chain(*args, positions=positions)
         for label, out in results.items():
             zeros = (out == 0).float().mean().item()
             assert abs(zeros - 0.1) < 0.002, f"{label} drops {zeros:.4f}"
-            torch.testing.assert_close(out[out != 0], plain[out != 0] / 0.9, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(out[out != 0], plain[out != 0] / 0.9, **rounding)
 
     naive = partial(lambda tokens, table: F.dropout(chain(tokens, table, positions=positions), 0.1))
     implementations = {"naive": naive, "fused": partial(embedding, dropout_p=0.1)}

@@ -13,7 +13,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend
 
 from bench import (
     bench_bias_act,
@@ -26,7 +25,7 @@ from bench import (
     shapes,
 )
 from bench.agreement import forward_backward
-from bench.baselines import keep_of_lengths, naive_attention, sdpa, sentence_lengths
+from bench.baselines import keep_of_lengths, naive_attention, sentence_lengths
 from bench.bench_attention import tensors
 from bench.bench_model import PAD, build, sentences
 from fused_transformer.batches import Batch
@@ -53,7 +52,7 @@ def bench_memory_attention(hold, device, grad):
     wrap = forward_backward if grad else lambda function: function
     chosen = {
         "naive": wrap(partial(naive_attention, keep=keep)),
-        "sdpa flash": sdpa(SDPBackend.FLASH_ATTENTION, wrap, attn_mask=keep),
+        **bench_scaling.with_mask(device, keep, wrap),
         "fused": wrap(partial(attention, k_lengths=lengths)),
     }
     what = "forward+backward" if grad else "forward"

@@ -15,7 +15,7 @@ from torch.nn.attention import SDPBackend
 
 from bench import bench_cross_entropy, bench_layer_norm, bench_log_softmax_top_k, shapes
 from bench.agreement import forward_backward
-from bench.baselines import keep_of_lengths, naive_attention, sdpa, sentence_lengths
+from bench.baselines import keep_of_lengths, naive_attention, sdpa, sdpa_backends, sentence_lengths
 from bench.bench_attention import tensors
 from fused_transformer.kernels import add_layer_norm, attention
 
@@ -23,6 +23,17 @@ HEADS, WIDTH = 8, 64
 LENGTHS = [2**i for i in range(6, 15)]  # 64 to 16,384
 NAIVE_UP_TO = 2048
 FLASH = "sdpa flash"
+
+
+def with_mask(device: str, keep: torch.Tensor, wrap=lambda function: function) -> dict:
+    """SDPA with a mask, on the backend that takes one without writing scores."""
+    label = FLASH if device == "cpu" else "sdpa efficient"
+    return {label: sdpa(sdpa_backends(device)[label], wrap, attn_mask=keep)}
+
+
+def tensors_of(batch: int, heads: int, length: int, device: str, grad: bool = False) -> tuple[torch.Tensor, ...]:
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    return tensors(shapes.Attention("", batch, heads, length, length, WIDTH, dtype=dtype), device, grad)
 
 
 def causal(length: int, device: str, *, grad: bool = False) -> tuple[dict, tuple]:
@@ -35,20 +46,17 @@ def causal(length: int, device: str, *, grad: bool = False) -> tuple[dict, tuple
     if length <= NAIVE_UP_TO:
         keep = torch.ones(length, length, dtype=torch.bool, device=device).tril()
         chosen["naive"] = wrap(partial(naive_attention, keep=keep))
-    return chosen, tensors(shapes.Attention("", 1, HEADS, length, length, WIDTH), device, grad)
+    return chosen, tensors_of(1, HEADS, length, device, grad)
 
 
 def padded(batch: int, heads: int, length: int, device: str) -> tuple[dict, tuple]:
     """Attention of sentences that fill 60 % of the batch."""
     lengths = sentence_lengths(batch, length, device)
     keep = keep_of_lengths(lengths, length)
-    chosen = {
-        "fused": partial(attention, k_lengths=lengths),
-        FLASH: sdpa(SDPBackend.FLASH_ATTENTION, attn_mask=keep),
-    }
+    chosen = {"fused": partial(attention, k_lengths=lengths), **with_mask(device, keep)}
     if length <= NAIVE_UP_TO:
         chosen["naive"] = partial(naive_attention, keep=keep)
-    return chosen, tensors(shapes.Attention("", batch, heads, length, length, WIDTH), device)
+    return chosen, tensors_of(batch, heads, length, device)
 
 
 def bench_scaling_attention_causal_length(grow, device):

@@ -96,7 +96,8 @@ def grow(request, device):
 def _point_seconds(config) -> float:
     """A curve has many points: each gets a sixth of what a row gets."""
     row = config.getoption("--row-seconds")
-    return (row if row is not None else 0.3 if config.getoption("--quick") else 3.0) / 6
+    usual = (0.3 if config.getoption("--quick") else 3.0) / (10 if config.getoption("--device") == "cuda" else 1)
+    return (row if row is not None else usual) / 6
 
 
 def _agree(implementations: dict[str, Callable], args: tuple) -> None:
@@ -108,7 +109,10 @@ def _agree(implementations: dict[str, Callable], args: tuple) -> None:
     ours = result(implementations["fused"])
     for label, implementation in implementations.items():
         for got, own in zip(result(implementation), ours, strict=True):
-            torch.testing.assert_close(got, own, rtol=1e-3, atol=1e-3, msg=lambda text, label=label: f"{label}: {text}")
+            within = 1e-3 if own.dtype in (torch.float32, torch.int64) else 3e-2
+            torch.testing.assert_close(
+                got, own, rtol=within, atol=within, msg=lambda text, label=label: f"{label}: {text}"
+            )
 
 
 def _times(implementations: dict[str, Callable], args: tuple, *, seconds: float) -> dict[str, float]:

@@ -8,8 +8,8 @@
 - Without a GPU, Triton kernels run in Triton's interpreter, repaired as tests/interpreter.py says.
 - Without a GPU, CUDA kernels are compiled by g++ and run on the CPU (tests/emulated.py): the backend "cuda" is named
   cuda-emulated then, and its tests are marked emulated.
-- A kernel that broke the CUDA context (an illegal address) ends its process after the test that did it: every later test
-  there would fail too, and say nothing. With pytest-xdist a new worker goes on with the rest.
+- A kernel that broke the CUDA context (an illegal address) ends its process after the test that did it: every later
+  test there would fail too, and say nothing. With pytest-xdist a new worker goes on with the rest.
 - Skips are counted by reason at the end: a suite that skips everything must not look green.
 
 Helpers: tests/oracle.py compares results, tests/inputs.py makes them. Import both as `from tests.oracle import ...`.

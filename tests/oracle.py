@@ -151,7 +151,7 @@ def _problem(got: Tensor, exact: Tensor, naive: Tensor, factor: float, ulps: flo
     if not got.dtype.is_floating_point:
         return None if torch.equal(got, naive) else "integers differ"
     dtype = got.dtype
-    got, exact, naive = got.double(), exact.double(), naive.double()
+    got, exact, naive = (x.double().to(got.device) for x in (got, exact, naive))
     rounded = exact.to(dtype).double()  # beyond float16's largest number, infinity is the right answer
     finite = rounded.isfinite()
     # infinities must be the same infinity, NaN must be NaN

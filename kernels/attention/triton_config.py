@@ -1,8 +1,9 @@
 """Tile sizes of attention's Triton kernels, by GPU, dtype, direction and head width.
 
-Chosen without a GPU, by what ptxas says of each (bench/results/triton_builds.json): no spills in the loops over whole
-tiles, products on tensor cores and not serialized, shared memory within the GPU's. Which of those that fit is fastest
-is for a GPU to say. Tiles depend on the kinds of masks too, but on nothing else: neither batch nor length changes a
+HOPPER's for heads up to 128 are those that were fastest on an H200 (`python -m bench.tune`, bfloat16, 128 and 2,048
+tokens, with and without a causal mask). The others are chosen without a GPU, by what ptxas says of each (bench/results/
+triton_builds.json): no spills in the loops over whole tiles, products on tensor cores and not serialized, shared memory
+within the GPU's; which of those that fit is fastest is for a GPU to say. Tiles depend on the kinds of masks too, but on nothing else: neither batch nor length changes a
 row's bits.
 """
 
@@ -30,13 +31,15 @@ class Config:
 HOPPER = {
     "forward": {
         64: Config(128, 64, 8, 3, registers=128),  # so that two programs share a multiprocessor
-        128: Config(128, 64, 8, 3),  # 128 keys would spill
+        128: Config(64, 64, 4, 3),  # 128 x 64 of 8 warps took 4 to 26 % longer
         256: Config(128, 32, 8, 2),
     },
     "forward with scores": {64: Config(128, 64, 8, 3), 128: Config(128, 64, 8, 3), 256: Config(128, 32, 8, 2)},
-    "dq": {64: Config(128, 64, 8, 3), 128: Config(128, 64, 8, 2), 256: Config(64, 32, 8, 2)},
-    # Two accumulators of n keys · head width: they fill the registers from 128 keys of 128 on.
-    "dkdv": {64: Config(64, 128, 8, 3), 128: Config(64, 128, 8, 3), 256: Config(32, 64, 8, 2)},
+    # 128 x 64 of 8 warps took 23 to 78 % longer at 64, and with two stages 4 to 27 % longer at 128
+    "dq": {64: Config(64, 32, 4, 3), 128: Config(128, 64, 8, 3), 256: Config(64, 32, 8, 2)},
+    # Two accumulators of n keys · head width: they fill the registers from 128 keys of 128 on. At 64 twice the keys and
+    # warps took 7 to 40 % longer.
+    "dkdv": {64: Config(64, 64, 4, 2), 128: Config(64, 128, 8, 3), 256: Config(32, 64, 8, 2)},
     "tile": {64: Config(64, 32, 4, 2), 128: Config(64, 32, 4, 2), 256: Config(32, 32, 4, 1)},
 }
 # mma.sync, whose operands are in registers too: smaller tiles; within the 99 KB of 8.6, 8.9 and 12.x.

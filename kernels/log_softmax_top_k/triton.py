@@ -12,6 +12,8 @@ is 1 % of the logits for k = 8 and 16 bits.
 
 Order. A logit and its token are one int64, which is greater where the logit is higher or, of equal ones, the token
 lower; likewise a value and its place among its beams' k best. So maxima of numbers that all differ decide every tie.
+Nothing is fused into multiply-adds: of a sum of products over two lanes each would add the other's rounded product to
+its own unrounded one, and with sums that differ in the last bit equal logits would have values that do.
 """
 
 from __future__ import annotations
@@ -181,6 +183,7 @@ def forward(logits, addend, beams: int, k: int):
             GROUP=GROUP,
             PART=part,
             num_warps=ROWS_WARPS,
+            enable_fp_fusion=False,
         )
         log_softmax_top_k_merge_kernel[(sentences,)](
             *(kept, sums, addend, values, places),
@@ -189,5 +192,6 @@ def forward(logits, addend, beams: int, k: int):
             BEAMS=some_beams,
             PARTS=at_once,
             num_warps=MERGE_WARPS if keys <= MERGE_TILE else MOST_MERGE_WARPS,
+            enable_fp_fusion=False,
         )
     return values, places

@@ -68,6 +68,6 @@ def test_any_call_matches_the_reference(backend, device):
         tensors, options = make(call, device)
         fuzz.assert_call_matches(attention_with_lse, backend, tensors, logarithm="out1", **options)
 
-    # Triton's interpreter takes a second for a kernel's millisecond, and its compiler seconds for each new kind of call.
+    # Triton's interpreter takes a second for a kernel's millisecond, its compiler seconds for each new kind of call.
     examples = 40 if backend != "triton" else 20 if device == "cpu" else 5
     fuzz.run(calls, check, examples)
