@@ -7,7 +7,7 @@ the same kernels on the CPU (tests/emulated.py).
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from types import ModuleType
 from typing import Any
@@ -16,6 +16,9 @@ import torch
 from torch import Tensor
 
 from fused_transformer.kernels import _native
+
+
+_ALREADY = nullcontext()
 
 
 def library() -> ModuleType:
@@ -32,12 +35,12 @@ def refuses_tensors(**tensors: Tensor | None) -> str | None:
 
 def current(x: Tensor) -> AbstractContextManager:
     """Makes x's device the current one, which is where a kernel is launched, whatever its pointers point to."""
-    return torch.cuda.device(x.device)
+    return _ALREADY if torch.cuda.current_device() == x.get_device() else torch.cuda.device(x.device)
 
 
 def on_current_stream(function: Callable[..., None], x: Tensor) -> Callable[..., None]:
     """`function` with its last argument, the stream, filled in: the current one of x's device."""
-    stream = torch.cuda.current_stream(x.device).cuda_stream
+    stream = torch._C._cuda_getCurrentRawStream(x.get_device())  # what Inductor's code calls: no Stream object is made
 
     def launch(*args: Any) -> None:
         function(*args, stream)
@@ -63,6 +66,8 @@ def _refuses_device(device: torch.device) -> str | None:
     archs = _native.cuda_library().cuda_archs
     major, minor = capability(device)
     if any(runs_on(arch, major, minor) for arch in archs.split(";")):
+        # once for each device, when the first call has found it fit: later ones may be direct
+        _native.library().direct_device(device.index, device, multiprocessors(device), major, minor)
         return None
     return f"this build has CUDA kernels for {archs}, and {device} is sm_{major}{minor}"
 

@@ -44,6 +44,7 @@ def _connected() -> str | None:
         torch.contiguous_format,
         torch.float32,
         torch.int64,
+        getattr(torch._C, "_cuda_getCurrentRawStream", None),
     )
     with _disable_current_modes():  # of whoever imports this package where tensors are fake
         examples = [torch.empty(3, 5, dtype=dtype, device="cpu")[1:, 1:3].t() for dtype in _ELEMENTS]

@@ -19,6 +19,7 @@ from fused_transformer.kernels._dispatch import forced_backend
 
 INTERPRETED = triton.knobs.runtime.interpret
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_ALREADY = nullcontext()
 OLDEST_CAPABILITY = (8, 0)  # bfloat16 on tensor cores
 
 
@@ -39,7 +40,9 @@ def refuses_tensors(**tensors: Tensor | None) -> str | None:
 
 def current(x: Tensor) -> AbstractContextManager:
     """Makes x's device the current one: Triton launches on the current device's current stream, whatever x is on."""
-    return torch.cuda.device(x.device) if x.device.type == "cuda" else nullcontext()
+    if not x.is_cuda or torch.cuda.current_device() == x.get_device():
+        return _ALREADY
+    return torch.cuda.device(x.device)
 
 
 @cache

@@ -9,6 +9,9 @@
 
 #include "../common/bind_direct.h"
 #include "attention.h"
+#ifdef FT_WITH_SM90
+#include "attention_sm90.h"
+#endif
 #include "scratch.h"
 
 namespace fused::direct {
@@ -48,11 +51,12 @@ bool scores(const View& x, const Attention& args, Scores& out) {
   return true;
 }
 
-// (B,) lengths, none beyond `most`.
+// (B,) lengths, none beyond `most`; on CUDA nobody looks, and the kernels take those that are for the nearest that
+// fits.
 bool lengths(const View& x, int64_t batch, int64_t most, const int64_t*& out) {
   if (x.element != Element::i64 || !x.is_vector(batch)) return false;
   out = static_cast<const int64_t*>(x.data);
-  return std::all_of(out, out + batch, [&](int64_t length) { return length >= 0 && length <= most; });
+  return !x.on_cpu() || std::all_of(out, out + batch, [&](int64_t length) { return length >= 0 && length <= most; });
 }
 
 // (B + 1,) offsets that cover all `tokens`; `longest`: of the sequences between them.
@@ -94,6 +98,36 @@ bool sizes(const View& q, const View& k, const View& v, const View& q_offsets, c
          offsets(of_keys, k.shape[0], args.k_offsets, args.S);
 }
 
+// Whether tiles of this width fit the shared memory of the device; see kernels/attention/cuda.py.
+bool fits(const Device& device, const Attention& args) {
+  const bool little = (device.major == 8 && (device.minor == 6 || device.minor == 9)) || device.major == 12;
+  return !little || args.D <= (args.dtype == DType::f32 ? 64 : 128);
+}
+
+bool hopper = false;  // whether Hopper's own kernel may be taken; kernels/attention/cuda_sm90.py sets it
+
+// (bool): sets `hopper`.
+PyObject* use_hopper(PyObject* const* arguments) {
+  hopper = arguments[0] == Py_True;
+  return Py_NewRef(Py_True);
+}
+
+void forward_on_cuda(const View& q, AttentionForward& args) {
+#ifdef FUSED_WITH_CUDA
+  void* stream = current_stream(q);
+  const Device& device = device_of(q);
+  args.multiprocessors = device.multiprocessors;
+  const Released released;
+#ifdef FT_WITH_SM90
+  if (hopper && device.major == 9 && device.minor == 0 && cuda::why_not_sm90(args) == nullptr)
+    return cuda::attention_forward_sm90(args, q.shape[0], args.B, stream);
+#endif
+  cuda::attention_forward(args, stream);
+#else
+  (void)q, (void)args;
+#endif
+}
+
 // (q, k, v, keep, bias, causal, window, k_lengths, q_offsets, k_offsets, scale, wants_lse): as attention_with_lse has
 // them. Returns out, or (out, lse).
 PyObject* attention(PyObject* const* arguments) {
@@ -103,8 +137,12 @@ PyObject* attention(PyObject* const* arguments) {
       !view_or_absent(arguments[7], k_lengths) || !view_or_absent(arguments[8], q_offsets) ||
       !view_or_absent(arguments[9], k_offsets))
     return nullptr;
+  if (!together({&q, &k, &v, &keep, &bias, &k_lengths, &q_offsets, &k_offsets})) return nullptr;
+  // on CUDA a mask's bits want memory, and the longest sequence of a packed batch is not known to the host
+  if (!q.on_cpu() && (keep.given() || q_offsets.given())) return nullptr;
   AttentionForward args;
   if (!sizes(q, k, v, q_offsets, k_offsets, args)) return nullptr;
+  if (!q.on_cpu() && !fits(device_of(q), args)) return nullptr;
   // masks of packed batches may be larger than the longest sequence
   if (q_offsets.given() && (keep.given() || bias.given())) return nullptr;
   if (keep.given() && (keep.element != Element::boolean || !scores(keep, args, args.keep))) return nullptr;
@@ -124,14 +162,19 @@ PyObject* attention(PyObject* const* arguments) {
   Output lse = wants_lse ? empty(arguments[0], q.shape, q.ndim - 1, Element::f32) : Output{Ref(nullptr), View{}};
   if (!out.view.dense_last()) return nullptr;  // q overlaps itself
   args.out = rows(out.view);
-  const int64_t floats = cpu::forward_scratch(args.D) * omp_get_max_threads(), statistics = q.count() / args.D;
-  args.scratch = scratch(floats + (wants_lse ? 0 : statistics));
+  const int64_t statistics = wants_lse ? 0 : q.count() / args.D;
+  const int64_t floats = q.on_cpu() ? cpu::forward_scratch(args.D) * omp_get_max_threads() : 0;
+  const bool works = floats + statistics > 0;
+  const Output working = works ? working_memory(q, arguments[0], floats + statistics) : Output{Ref(nullptr), View{}};
+  args.scratch = static_cast<float*>(working.view.data);
   const bool packed = q_offsets.given();
   float* logarithms = wants_lse ? static_cast<float*>(lse.view.data) : args.scratch + floats;
   args.lse = packed ? Rows{logarithms, 0, 1, args.H} : Rows{logarithms, args.H * args.L, args.L, 1};
-  {
+  if (q.on_cpu()) {
     const Released released;
     cpu::attention_forward(args);
+  } else {
+    forward_on_cuda(q, args);
   }
   if (!wants_lse) return out.tensor.release();
   return pair(out, lse);
@@ -139,6 +182,9 @@ PyObject* attention(PyObject* const* arguments) {
 
 }  // namespace
 
-void add_attention(PyObject* module) { add(module, "attention_direct", &attention, 12); }
+void add_attention(PyObject* module) {
+  add(module, "attention_direct", &attention, 12);
+  add(module, "attention_direct_hopper", &use_hopper, 1);
+}
 
 }  // namespace fused::direct

@@ -23,6 +23,7 @@ PyObject* bias_act(PyObject* const* arguments) {
   BiasActForward args{};
   if (!view(arguments[0], x) || !view_or_absent(arguments[1], bias) || !activation(arguments[2], args.activation))
     return nullptr;
+  if (!together({&x, &bias})) return nullptr;
   if (!x.floating() || x.ndim < 1 || x.count() == 0 || !x.contiguous()) return nullptr;
   args.N = x.last(), args.M = x.count() / args.N;
   if (bias.given() && (!bias.is_vector(args.N) || (bias.element != x.element && bias.element != Element::f32)))
@@ -33,10 +34,7 @@ PyObject* bias_act(PyObject* const* arguments) {
   args.x = x.data, args.x_stride = args.N, args.bias = bias.data, args.y = y.view.data;
   args.dropout_scale = 1.0f;
   args.dtype = x.dtype(), args.bias_dtype = bias.given() ? bias.dtype() : args.dtype;
-  {
-    const Released released;
-    cpu::bias_act_forward(args);
-  }
+  run(x, args, &cpu::bias_act_forward, FT_CUDA_KERNEL(bias_act_forward));
   return y.tensor.release();
 }
 

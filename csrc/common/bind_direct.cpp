@@ -1,5 +1,9 @@
 #include "bind_direct.h"
 
+#ifdef FUSED_WITH_CUDA
+#include <cuda_runtime_api.h>
+#endif
+
 #include <cstdlib>
 #include <memory>
 #include <stdexcept>
@@ -18,7 +22,7 @@ struct DlTensor {
   int64_t* strides;
   uint64_t byte_offset;
 };
-constexpr int32_t kCpu = 1;
+constexpr int32_t kCpu = 1, kCuda = 2;
 constexpr uint8_t kInt = 0, kFloat = 2, kBfloat = 4, kBool = 6;
 
 struct Exchange {
@@ -40,7 +44,11 @@ struct Torch {
   PyObject *dispatch, *forward_ad;  // the dictionaries of two modules
   PyObject* empty_like;
   PyObject *contiguous_format, *float32, *int64;
+  PyObject* raw_stream;  // of a device's number: the address of its current stream; None where torch has no CUDA
 } torch;
+
+constexpr int kMostDevices = 64;
+Device devices[kMostDevices];
 
 struct {
   PyObject *memory_format, *dtype, *requires_grad, *new_empty, *sum, *observer, *level;
@@ -79,7 +87,13 @@ bool memory_of(PyObject* tensor, View& out) {
     PyErr_Clear();
     return false;
   }
-  if (x.device_type != kCpu || (x.strides == nullptr && x.ndim > 0)) return false;
+  if (x.strides == nullptr && x.ndim > 0) return false;
+  if (x.device_type == kCuda) {
+    if (x.device_id < 0 || x.device_id >= kMostDevices || devices[x.device_id].object == nullptr) return false;
+    out.device = x.device_id;
+  } else if (x.device_type != kCpu) {
+    return false;
+  }
   out.data = static_cast<char*>(x.data) + x.byte_offset;
   out.shape = x.shape, out.stride = x.strides, out.ndim = x.ndim;
   out.element = element_of(x);
@@ -130,9 +144,9 @@ PyObject* guarded(PyObject* self, PyObject* const* arguments, Py_ssize_t count) 
 PyObject* connect(PyObject*, PyObject* arguments) {
   PyObject* table;
   Torch t;
-  if (!PyArg_ParseTuple(arguments, "OOOOOOOOOOOOOOOO", &table, &t.tensor, &t.parameter, &t.device, &t.modes,
+  if (!PyArg_ParseTuple(arguments, "OOOOOOOOOOOOOOOOO", &table, &t.tensor, &t.parameter, &t.device, &t.modes,
                         &t.transforms, &t.tracing, &t.autocast, &t.grad_enabled, &t.forced, &t.dispatch, &t.forward_ad,
-                        &t.empty_like, &t.contiguous_format, &t.float32, &t.int64))
+                        &t.empty_like, &t.contiguous_format, &t.float32, &t.int64, &t.raw_stream))
     return nullptr;
   constexpr const char* name = "dlpack_exchange_api";
   if (!PyCapsule_IsValid(table, name)) Py_RETURN_FALSE;
@@ -156,6 +170,21 @@ PyObject* connect(PyObject*, PyObject* arguments) {
 
 PyMethodDef connect_definition = {"connect", connect, METH_VARARGS,
                                   "Tells the direct calls where torch is; false if this torch has not what they need."};
+
+// (number, torch.device, multiprocessors, compute capability): from now on calls on this device may be direct.
+PyObject* add_device(PyObject* const* arguments) {
+  int64_t number, told[3];
+  for (int i = 0; i < 3; ++i)
+    if (!integer(arguments[2 + i], told[i])) return nullptr;
+  if (!integer(arguments[0], number) || number < 0 || number >= kMostDevices || torch.raw_stream == Py_None)
+    return nullptr;
+#ifdef FUSED_WITH_CUDA
+  devices[number] = {Py_NewRef(arguments[1]), int(told[0]), int(told[1]), int(told[2])};
+  return Py_NewRef(Py_True);
+#else
+  return nullptr;
+#endif
+}
 
 PyObject* numbers(const int64_t* values, int count) {
   PyObject* tuple = PyTuple_New(count);
@@ -232,6 +261,39 @@ bool view(PyObject* tensor, View& out) {
 
 bool view_or_absent(PyObject* tensor, View& out) { return tensor == Py_None || view(tensor, out); }
 
+bool together(std::initializer_list<const View*> views) {
+  const int device = (*views.begin())->device;
+  for (const View* x : views)
+    if (x->given() && x->device != device) return false;
+  if (device == kCpuDevice) return true;
+#ifdef FUSED_WITH_CUDA
+  int current;
+  return cudaGetDevice(&current) == cudaSuccess && current == device;
+#else
+  return false;
+#endif
+}
+
+Output working_memory(const View& x, PyObject* like, int64_t floats) {
+  if (!x.on_cpu()) return empty(like, &floats, 1, Element::f32);
+  Output memory{Ref(nullptr), View{}};
+  memory.view.data = scratch(floats);
+  return memory;
+}
+
+const Device& device_of(const View& x) { return devices[x.device]; }
+
+PyObject* device_object(const View& x) { return x.on_cpu() ? torch.device : devices[x.device].object; }
+
+void* current_stream(const View& x) {
+  const Ref number(PyLong_FromLong(x.device));
+  const Ref address(number.get() == nullptr ? nullptr : PyObject_CallOneArg(torch.raw_stream, number.get()));
+  if (address.get() == nullptr) throw PythonError{};
+  void* stream = PyLong_AsVoidPtr(address.get());
+  if (PyErr_Occurred()) throw PythonError{};
+  return stream;
+}
+
 bool number(PyObject* object, double& out) {
   if (PyFloat_CheckExact(object)) {
     out = PyFloat_AS_DOUBLE(object);
@@ -295,8 +357,6 @@ float* scratch(int64_t floats) {
   return memory.get();
 }
 
-PyObject* cpu_device() { return torch.device; }
-
 void add(PyObject* module, const char* name, Call call, int count) {
   auto* method = new Method{{name, nullptr, METH_FASTCALL, nullptr}, call, count};  // as long as the process
   method->definition.ml_meth = reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&guarded));
@@ -309,6 +369,7 @@ void add_connect(PyObject* module) {
   add_object(module, "connect", PyCFunction_New(&connect_definition, nullptr));
   add(module, "direct_is_ready", &is_ready, 0);
   add(module, "direct_view", &described, 1);
+  add(module, "direct_device", &add_device, 5);
 }
 
 }  // namespace fused::direct

@@ -2,10 +2,11 @@
 // Calls that go from Python's tensors straight to a kernel.
 //
 // One row of layer norm is 0.1 us of work, and the checks, choices and allocations around it are 8 us in Python. A
-// direct call does them here, 1 to 4 us in all, for the usual case: tensors on the CPU that nobody differentiates or
-// traces, in shapes and dtypes that the kernel takes as they lie. In any other case it returns None, and the caller
-// goes the long way round as if nothing had been tried: that knows all cases and says what is wrong with an argument.
-// So there is one source of errors, and a direct call may refuse whatever would be tedious to look at here.
+// direct call does them here, 1 to 4 us in all, for the usual case: tensors that nobody differentiates or traces, in
+// shapes and dtypes that the kernel takes as they lie, on the CPU or on the current CUDA device. In any other case it
+// returns None, and the caller goes the long way round as if nothing had been tried: that knows all cases and says what
+// is wrong with an argument. So there is one source of errors, and a direct call may refuse whatever would be tedious
+// to look at here.
 //
 // Tensors are read through the table of C functions that torch exports for this (DLPack's exchange API, torch 2.10 and
 // later): a few tens of ns for a tensor, no header and no library of torch's. Without it no call is direct.
@@ -21,6 +22,8 @@ namespace fused::direct {
 
 enum class Element { f32, f16, bf16, i64, i32, boolean, other };
 
+constexpr int kCpuDevice = -1;
+
 // A tensor's memory; shape and strides are the tensor's own. Strides are in elements.
 struct View {
   void* data = nullptr;
@@ -28,8 +31,10 @@ struct View {
   const int64_t* stride = nullptr;
   int ndim = 0;
   Element element = Element::other;
+  int device = kCpuDevice;  // or the number of a CUDA device
 
   bool given() const { return shape != nullptr; }
+  bool on_cpu() const { return device == kCpuDevice; }
   int64_t count(int axes) const;  // elements of the first `axes` axes
   int64_t count() const { return count(ndim); }
   int64_t last() const { return shape[ndim - 1]; }
@@ -44,11 +49,14 @@ struct View {
 // Whether calls may be direct here and now: nothing traces, transforms, observes or forces a backend.
 bool ready();
 
-// The tensor's memory in `out`; false if it is no plain CPU tensor, or a gradient with respect to it is wanted. May
-// run Python (a torch function mode sees that requires_grad is asked for), so what is only borrowed must be held first.
-// `or_absent`: None is fine too, and leaves `out` as it was.
+// The tensor's memory in `out`; false if it is no plain tensor on the CPU or on a CUDA device that `add_device` was
+// told of, or a gradient with respect to it is wanted. May run Python (a torch function mode sees that requires_grad is
+// asked for), so what is only borrowed must be held first. `or_absent`: None is fine too, and leaves `out` as it was.
 bool view(PyObject* tensor, View& out);
 bool view_or_absent(PyObject* tensor, View& out);
+
+// Whether all that are given are where the first is; and if that is a CUDA device, whether it is the current one.
+bool together(std::initializer_list<const View*> views);
 
 // A number that Python holds as int or float.
 bool number(PyObject* object, double& out);
@@ -87,8 +95,11 @@ Output sum(PyObject* tensor);                               // torch's own, whos
 Output empty(PyObject* like, const int64_t* shape, int ndim,
              Element element);  // f32 or i64; other: the dtype of `like`
 
-// Working memory of the calling thread, kept for its next call. 64-byte aligned.
+// Working memory of the calling thread on the CPU, kept for its next call. 64-byte aligned.
 float* scratch(int64_t floats);
+
+// Working memory where x is, in `view`: on the CPU scratch(floats), on CUDA a tensor made by `like`, which is x's.
+Output working_memory(const View& x, PyObject* like, int64_t floats);
 
 // The interpreter runs on while a kernel does.
 class Released {
@@ -100,7 +111,34 @@ class Released {
   PyThreadState* state_;
 };
 
-PyObject* cpu_device();  // torch.device("cpu"), borrowed
+// What Python has told of a CUDA device.
+struct Device {
+  PyObject* object = nullptr;  // torch.device; nullptr: nothing has been told
+  int multiprocessors = 0, major = 0, minor = 0;
+};
+const Device& device_of(const View& x);  // of a view on CUDA
+PyObject* device_object(const View& x);  // torch.device, borrowed
+void* current_stream(const View& x);     // torch's own, of a view on CUDA
+
+template <class T>
+struct Plain {
+  using type = T;
+};
+
+// Runs the kernel of the device that `x` is on. Without CUDA no view is on another than the CPU: FT_CUDA_KERNEL.
+template <class Args>
+void run(const View& x, const Args& args, typename Plain<void (*)(const Args&)>::type on_cpu,
+         typename Plain<void (*)(const Args&, void*)>::type on_cuda) {
+  void* stream = x.on_cpu() ? nullptr : current_stream(x);
+  const Released released;
+  x.on_cpu() ? on_cpu(args) : on_cuda(args, stream);
+}
+
+#ifdef FUSED_WITH_CUDA
+#define FT_CUDA_KERNEL(function) &cuda::function
+#else
+#define FT_CUDA_KERNEL(function) nullptr
+#endif
 
 using Call = PyObject* (*)(PyObject* const* arguments);  // nullptr: not direct
 // Adds `call`, which takes `count` positional arguments, to the module as a function of that name.

@@ -46,9 +46,12 @@ PyObject* cross_entropy(PyObject* const* arguments) {
   args.target_weight = float(1.0 - label_smoothing), args.every_weight = float(label_smoothing / double(args.V));
   args.z_loss = float(z_loss);
   args.wide_targets = targets.element == Element::i64;
-  int64_t counted;
-  if (!(args.wide_targets ? within<int64_t>(targets.data, args, counted)
-                          : within<int32_t>(targets.data, args, counted)))
+  if (!together({&logits, &targets})) return nullptr;
+  int64_t counted = 0;
+  if (!logits.on_cpu() && reduced)
+    return nullptr;  // the sum is torch's own, and so is the count of what is not ignored
+  if (logits.on_cpu() && !(args.wide_targets ? within<int64_t>(targets.data, args, counted)
+                                             : within<int32_t>(targets.data, args, counted)))
     return nullptr;
   if (!ready()) return nullptr;
 
@@ -56,12 +59,11 @@ PyObject* cross_entropy(PyObject* const* arguments) {
   Output losses = empty(arguments[0], targets.shape, single ? 0 : targets.ndim, Element::f32);
   args.logits = logits.data, args.logits_stride = args.V, args.targets = targets.data;
   args.losses = static_cast<float*>(losses.view.data);
-  args.top = scratch(2 * args.M), args.log_sum = args.top + args.M;
+  const int64_t statistics = 2 * args.M;
+  const Output working = working_memory(logits, arguments[0], statistics);
+  args.top = static_cast<float*>(working.view.data), args.log_sum = args.top + args.M;
   args.dtype = logits.dtype();
-  {
-    const Released released;
-    cpu::cross_entropy_forward(args);
-  }
+  run(logits, args, &cpu::cross_entropy_forward, FT_CUDA_KERNEL(cross_entropy_forward));
   if (!reduced) return losses.tensor.release();
   Output total = single ? std::move(losses) : sum(losses.tensor.get());
   // as a float32 tensor is divided by one of whole numbers

@@ -11,14 +11,14 @@ namespace {
 
 // The cached table of positions 0, 1, ... of this layout and width, if it has `rows` rows; see `cached_table` in
 // kernels/embedding/positions.py, whose dictionary `tables` is. Held, since another thread may put a larger one there.
-Ref positions(PyObject* layout, PyObject* tables, int64_t width, int64_t rows, View& out) {
+Ref positions(PyObject* layout, PyObject* tables, const View& table, int64_t rows, View& out) {
   if (!PyUnicode_CheckExact(layout)) return Ref(nullptr);
-  const Ref key(Py_BuildValue("(OLO)", layout, static_cast<long long>(width), cpu_device()));
-  PyObject* table = key.get() == nullptr ? nullptr : PyDict_GetItemWithError(tables, key.get());
+  const Ref key(Py_BuildValue("(OLO)", layout, static_cast<long long>(table.shape[1]), device_object(table)));
+  PyObject* found = key.get() == nullptr ? nullptr : PyDict_GetItemWithError(tables, key.get());
   PyErr_Clear();
-  Py_XINCREF(table);
-  Ref held(table);
-  if (table == nullptr || !view(table, out) || out.shape[0] < rows) return Ref(nullptr);
+  Py_XINCREF(found);
+  Ref held(found);
+  if (found == nullptr || !view(found, out) || out.shape[0] < rows || out.device != table.device) return Ref(nullptr);
   return held;
 }
 
@@ -27,6 +27,7 @@ PyObject* embedding(PyObject* const* arguments) {
   View tokens, table, rows;
   EmbeddingForward args{};
   if (!view(arguments[0], tokens) || !view(arguments[1], table) || !integer(arguments[5], args.start)) return nullptr;
+  if (!together({&table, &tokens})) return nullptr;
   if ((tokens.element != Element::i32 && tokens.element != Element::i64) || tokens.ndim < 1 || tokens.count() == 0 ||
       !tokens.contiguous() || !table.floating() || table.ndim != 2 || table.count() == 0 || !table.dense_last())
     return nullptr;
@@ -42,7 +43,7 @@ PyObject* embedding(PyObject* const* arguments) {
   }
   if (args.start < 0 || args.start > int64_t(1) << 40) return nullptr;
   const bool placed = arguments[2] != Py_None;
-  const Ref held = placed ? positions(arguments[2], arguments[3], args.E, args.start + args.L, rows) : Ref(nullptr);
+  const Ref held = placed ? positions(arguments[2], arguments[3], table, args.start + args.L, rows) : Ref(nullptr);
   if (placed ? held.get() == nullptr : args.start != 0) return nullptr;
   if (!ready()) return nullptr;
 
@@ -56,10 +57,7 @@ PyObject* embedding(PyObject* const* arguments) {
   args.dropout = {nullptr, 0, 1.0f};
   args.wide_tokens = tokens.element == Element::i64;
   args.dtype = table.dtype();
-  {
-    const Released released;
-    cpu::embedding_forward(args);
-  }
+  run(table, args, &cpu::embedding_forward, FT_CUDA_KERNEL(embedding_forward));
   return first_bad < 0 ? out.tensor.release() : nullptr;  // the long way says which token is outside the vocabulary
 }
 

@@ -13,6 +13,7 @@ PyObject* layer_norm(PyObject* const* arguments) {
   if (!view(arguments[0], x) || !view_or_absent(arguments[1], residual) || !view_or_absent(arguments[2], x_bias) ||
       !view_or_absent(arguments[3], weight) || !view_or_absent(arguments[4], bias) || !number(arguments[5], eps))
     return nullptr;
+  if (!together({&x, &residual, &x_bias, &weight, &bias})) return nullptr;
   if (!x.floating() || x.ndim < 1 || x.count() == 0 || !x.contiguous() || !(eps >= 0.0)) return nullptr;
   const bool wants_total = arguments[7] == Py_True;
   if (wants_total && !residual.given()) return nullptr;
@@ -39,10 +40,7 @@ PyObject* layer_norm(PyObject* const* arguments) {
   args.M = x.count() / N, args.N = N;
   args.eps = float(eps), args.dropout_scale = 1.0f, args.rms = arguments[6] == Py_True;
   args.dtype = x.dtype(), args.param_dtype = static_cast<DType>(parameters);
-  {
-    const Released released;
-    cpu::layer_norm_forward(args);
-  }
+  run(x, args, &cpu::layer_norm_forward, FT_CUDA_KERNEL(layer_norm_forward));
   if (!wants_total) return y.tensor.release();
   return pair(y, total);
 }

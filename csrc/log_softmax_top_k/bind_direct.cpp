@@ -6,6 +6,14 @@
 namespace fused::direct {
 namespace {
 
+int64_t parts(const View& logits, int64_t V) {
+#ifdef FUSED_WITH_CUDA
+  if (!logits.on_cpu()) return cuda::log_softmax_top_k_parts(V);
+#endif
+  (void)logits, (void)V;
+  return 1;
+}
+
 // (logits, k, beams, addend): as kernels/log_softmax_top_k has them. Returns (values, places).
 PyObject* log_softmax_top_k(PyObject* const* arguments) {
   View logits, addend;
@@ -18,6 +26,7 @@ PyObject* log_softmax_top_k(PyObject* const* arguments) {
   if (args.beams < 1 || args.beams > kMostBeams || args.M % args.beams != 0 || args.k < 1 || args.k > kMostKept ||
       args.k > args.beams * args.V || args.V >= int64_t(1) << 31)
     return nullptr;
+  if (!together({&logits, &addend})) return nullptr;
   if (addend.given() && (addend.element != Element::f32 || !addend.is_vector(args.M))) return nullptr;
   if (!ready()) return nullptr;
 
@@ -27,12 +36,11 @@ PyObject* log_softmax_top_k(PyObject* const* arguments) {
   args.x = logits.data, args.x_stride = logits.stride[0];
   args.addend = static_cast<const float*>(addend.data);
   args.values = static_cast<float*>(values.view.data), args.places = static_cast<int64_t*>(places.view.data);
-  args.sums = scratch(args.M * (2 + 2 * args.k));
-  args.kept = reinterpret_cast<int32_t*>(args.sums + 2 * args.M);
-  {
-    const Released released;
-    cpu::log_softmax_top_k(args);
-  }
+  const int64_t rows = args.M * parts(logits, args.V);
+  const Output working = working_memory(logits, arguments[0], rows * (2 + 2 * args.k));
+  args.sums = static_cast<float*>(working.view.data);
+  args.kept = reinterpret_cast<int32_t*>(args.sums + 2 * rows);
+  run(logits, args, &cpu::log_softmax_top_k, FT_CUDA_KERNEL(log_softmax_top_k));
   return pair(values, places);
 }
 

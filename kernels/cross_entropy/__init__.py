@@ -99,7 +99,12 @@ def cross_entropy(
         loss = _direct_call(logits, targets, label_smoothing, smoothing, z_loss, ignore_index, reduction)
         if loss is not None:
             return loss
-    if routed(logits):
+    losses = None
+    if reduction != "none" and not torch.compiler.is_compiling() and isinstance(logits, Tensor) and logits.is_cuda:
+        losses = _direct_call(logits, targets, label_smoothing, smoothing, z_loss, ignore_index, "none")
+    if losses is not None:
+        pass
+    elif routed(logits):
         options = (float(label_smoothing), smoothing, float(z_loss), int(ignore_index))
         losses = compiled.losses_and_statistics(logits, targets, *options)[0]
     else:
