@@ -45,12 +45,18 @@ format: $(VENV)/.tools  ## rewrite what lint would complain of
 	$(VENV)/bin/ruff format .
 	$(VENV)/bin/clang-format -i $(CXX_FILES)
 
+# Triton compiles some kernels for each test: with pytest-xdist as many of them side by side as there are processors.
+GPU_WORKERS = $(shell $(PYTHON) -c 'import importlib.util as u; print("-n auto" if u.find_spec("xdist") else "")')
+GPU_RESULTS := $(if $(OUT),$(OUT),bench/results)
+
 gpu:  ## on a machine with a GPU, without network and into the current Python: GPU tests, then GPU benchmarks
 	FUSED_TRANSFORMER_CUDA=1 $(PYTHON) -m pip install --no-index --no-build-isolation --no-deps -v -e .
 	$(PYTHON) -m fused_transformer info
 	@# The benchmarks run even if a test fails: a machine with a GPU may not be there tomorrow.
-	status=0; $(PYTHON) -m pytest -m gpu || status=$$?; $(PYTHON) -m bench --device cuda || status=$$?; \
-	if [ -n "$$OUT" ]; then cp -r bench/results "$$OUT" || status=$$?; fi; exit $$status
+	status=0; mkdir -p $(GPU_RESULTS); \
+	$(PYTHON) -m pytest -m gpu $(GPU_WORKERS) --benchmark-disable > $(GPU_RESULTS)/gpu_tests.log 2>&1 || status=$$?; \
+	tail -n 40 $(GPU_RESULTS)/gpu_tests.log; \
+	$(PYTHON) -m bench --device cuda --results $(GPU_RESULTS) $(ARGS) || status=$$?; exit $$status
 
 sanitize: $(VENV)/.native  ## the CPU kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer
 	sh _build/sanitize.sh $(RUN) -n auto

@@ -35,6 +35,15 @@ def test_a_fully_masked_row_gives_zeros(backend, device):
     assert (got["out1"][:, :, [3, 64]] == -torch.inf).all()
 
 
+def assert_same(got, expected, backend: str, device: str) -> None:
+    """Bit for bit. In Triton on a GPU nearly: its compiler chooses for each kernel and loop in which order the lanes of
+    a float32 row are summed."""
+    if backend == "triton" and device == "cuda":
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
+    else:
+        assert_equal(got, expected)
+
+
 @pytest.mark.parametrize("garbage", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("how", ["k_lengths", "keep", "keep_some_rows", "bias", "causal"])
 @every_backend
@@ -60,7 +69,7 @@ def test_what_masked_keys_and_values_hold_never_leaks(backend, how, garbage, dev
     with running_on(backend):
         got = run_with_gradients(attention_with_lse, dirty, **options)
         expected = run_with_gradients(attention_with_lse, clean, **options)
-    assert_equal(got, expected)
+    assert_same(got, expected, backend, device)
 
 
 @pytest.mark.parametrize("garbage", [torch.nan, torch.inf])
@@ -252,8 +261,8 @@ def test_an_all_true_mask_changes_no_bit(backend, device):
         causal = run_with_gradients(attention, tensors, causal="top_left")
         lower = torch.ones(70, 130, dtype=torch.bool, device=device).tril()
         as_mask = run_with_gradients(attention, tensors, keep=lower)
-    assert_equal(plain, masked)
-    assert_equal(causal, as_mask)
+    assert_same(plain, masked, backend, device)
+    assert_same(causal, as_mask, backend, device)
 
 
 # ---------------------------------------------------------------- errors, and what else users lean on

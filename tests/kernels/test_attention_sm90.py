@@ -273,14 +273,16 @@ def test_a_build_without_it_takes_the_other_kernel(launched, monkeypatch):
 
 
 @pytest.mark.skipif(not emulated.installed(), reason="a device's capability is not for a test to choose")
-def test_it_is_off_where_nobody_switched_it_on(launched):
+def test_it_is_on_where_nobody_switched_it_off(launched):
     with cuda_sm90.switched(cuda_sm90.ON_BY_DEFAULT), emulated.capability(9, 0), running_on("cuda"):
         attention(**qkv(L=5, S=5))
+    with cuda_sm90.switched(False), emulated.capability(9, 0), running_on("cuda"):
+        attention(**qkv(L=5, S=5))
         assert cuda_sm90.SWITCH in cuda_sm90.why_not_here(torch.device("cpu"))
-    assert launched == [OTHER]
+    assert launched == [OURS, OTHER]
 
 
-@pytest.mark.parametrize(("text", "expected"), [("", False), ("0", False), ("1", True), ("yes", ValueError)])
+@pytest.mark.parametrize(("text", "expected"), [("", True), ("0", False), ("1", True), ("yes", ValueError)])
 def test_the_switch_is_read_from_the_environment(text, expected, monkeypatch):
     monkeypatch.setenv(cuda_sm90.SWITCH, text)
     if expected is ValueError:

@@ -63,6 +63,10 @@ def test_a_node_gives_what_the_eager_call_gives(name, backend, device):
         with Watching() as watching:
             got = run(call)
     assert watching.calls, "the op was not called through torch's dispatcher"
+    if device == "cuda" and backend != call.op.order[0]:  # a node's backward pass chooses anew there: see use_backend
+        got, expected = (
+            {name: x for name, x in results.items() if not str(name).startswith("d")} for results in (got, expected)
+        )
     assert_equal(got, expected)
 
 

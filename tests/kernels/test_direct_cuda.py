@@ -1,0 +1,103 @@
+"""Direct calls on a GPU: what they give is what the long way gives, on the current stream of the current device."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from fused_transformer import kernels
+from fused_transformer.kernels import _direct, _native, use_backend
+from tests.inputs import normal
+from tests.kernels.test_direct import CALLS
+from tests.kernels.two_ways import assert_same
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+    pytest.mark.skipif(_direct.WHY_NONE is not None, reason=f"no direct calls: {_direct.WHY_NONE}"),
+]
+
+# A mask's bits want memory, a packed batch's longest sequence is on the GPU, and the loss in chunks is products.
+ELSEWHERE = ("packed", "linear_cross_entropy")
+
+
+def arguments_of(name: str, dtype: torch.dtype) -> dict:
+    torch.manual_seed(0)
+    made = CALLS[name][1]()
+    if "k_lengths" in made:
+        made["keep"] = None
+    cast = {key for key, x in made.items() if isinstance(x, Tensor) and x.is_floating_point() and key != "addend"}
+    moved = {key: x.to(dtype) if key in cast else x for key, x in made.items()}
+    return {key: x.cuda() if isinstance(x, Tensor) else x for key, x in moved.items()}
+
+
+@pytest.fixture(autouse=True)
+def _device_is_known():
+    """The first call of a process goes the long way, which finds out whether the build serves the device."""
+    kernels.layer_norm(torch.ones(2, 8, device="cuda"))
+
+
+def direct_results(monkeypatch, function, arguments: dict):
+    """What the function gives if it must not choose a backend, which the long way does."""
+
+    def pick(op, *_args):
+        raise AssertionError(f"{op.name} went the long way")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(kernels._dispatch.Op, "pick", pick)
+        return function(**arguments)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", [name for name in CALLS if name not in ELSEWHERE])
+def test_a_direct_call_gives_what_the_long_way_gives(name, dtype, monkeypatch):
+    function, arguments = CALLS[name][0], arguments_of(name, dtype)
+    with use_backend("cuda"):
+        expected = function(**arguments)  # and makes the table of positions that the embedding looks up
+    assert_same(direct_results(monkeypatch, function, arguments), expected)
+
+
+@pytest.mark.parametrize("hopper", [False, True])
+def test_attention_takes_hoppers_kernel_where_it_is_switched_on(hopper, monkeypatch):
+    from fused_transformer.kernels.attention import cuda_sm90
+
+    arguments = {name: normal(2, 3, 150, 64, dtype=torch.bfloat16, device="cuda") for name in "qkv"}
+    with cuda_sm90.switched(hopper):
+        with use_backend("cuda"):
+            expected = kernels.attention_with_lse(**arguments)
+        assert_same(direct_results(monkeypatch, kernels.attention_with_lse, arguments), expected)
+
+
+def test_it_runs_on_the_current_stream():
+    """Behind what is queued there: the numbers come late."""
+    x, weight = normal(64, 512, device="cuda"), torch.ones(512, device="cuda")
+    expected = kernels.layer_norm(x + 1, weight)
+    late = torch.empty_like(x)
+    torch.cuda.synchronize()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(20_000_000)
+        late.copy_(x + 1)
+        got = kernels.layer_norm(late, weight)
+    stream.synchronize()
+    torch.testing.assert_close(got, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", ELSEWHERE)
+def test_the_others_go_the_long_way(name):
+    torch.manual_seed(0)
+    function, make = CALLS[name]
+    arguments = {key: x.cuda() if isinstance(x, Tensor) else x for key, x in make().items()}
+    with use_backend("cuda") if name == "packed" else torch.no_grad():
+        expected = function(**arguments)
+    assert_same(function(**arguments), expected, True)
+
+
+def test_tensors_on_two_devices_get_the_long_ways_error():
+    with pytest.raises(ValueError, match="must be on"):
+        kernels.layer_norm(normal(3, 8, device="cuda"), normal(8))
+
+
+def test_a_device_that_nobody_told_of_is_refused():
+    assert _native.library().direct_device(-1, None, 1, 9, 0) is None
