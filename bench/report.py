@@ -107,6 +107,20 @@ def _rate(row: dict) -> str:
     return ""
 
 
+def apart(row: dict) -> str:
+    """On a GPU, the device alone and the host alone (bench/apart.py): ours, and the quickest alternative's of each."""
+    told = []
+    for key, name in (("graph_us", "device"), ("host_us", "host")):
+        times = row.get(key, {})
+        rest = {label: time for label, time in times.items() if not is_ours(label, row)}
+        if row["ours"] in times:
+            best = min(rest, key=lambda label: rest[label]) if rest else None
+            told.append(
+                f"{name} {duration(times[row['ours']])}" + (f" ({best} {duration(rest[best])})" if best else "")
+            )
+    return ", ".join(told)
+
+
 def grouped(rows: list[dict]) -> list[tuple[str, list[dict]]]:
     order = list(dict.fromkeys(row["group"] for row in rows))
     ordered = sorted(rows, key=lambda row: order.index(row["group"]))
@@ -146,6 +160,7 @@ def _rows_table(rows: list[dict]) -> list[str]:
             lines.append(
                 f"{row['name']:<{width}}  {own:>10}" + "".join(f"  {cell:>12}" for cell in cells) + f"  {rate(row)}"
             )
+            lines += [f"  {apart(row)}"] if apart(row) else []
             lines += [f"  {label} refused: {reason}" for label, reason in row["refused"].items()]
     lost = [row for row in rows if (best := fastest_other(row)) and best[1] < 1]
     lines += [
@@ -163,7 +178,12 @@ def markdown(results: dict, figure: str) -> str:
     lines = [f"![Each benchmark's time against the fastest alternative's]({figure})", "", "<details>"]
     lines += [f"<summary>{machine_line(results['machine'], results['rooflines'])}; {results['date']}</summary>"]
     for group, rows in grouped(results["rows"]):
-        lines += ["", f"| {group} | ours | fastest other | | against naive | our rate |", "|---|--:|---|--:|--:|---|"]
+        both = any(apart(row) for row in rows)
+        lines += [
+            "",
+            f"| {group} | ours | fastest other | | against naive | our rate |" + (" apart |" if both else ""),
+            "|---|--:|---|--:|--:|---|" + ("---|" if both else ""),
+        ]
         for row in rows:
             best, ratios = fastest_other(row), others(row)
             own = duration(row["times"][row["ours"]]["median_us"])
@@ -171,7 +191,8 @@ def markdown(results: dict, figure: str) -> str:
                 f"{best[0]} {duration(row['times'][best[0]]['median_us'])} | **{best[1]:.2f}×**" if best else "- | -"
             )
             naive = f"{ratios['naive']:.2f}×" if "naive" in ratios else "-"
-            lines.append(f"| {row['name']} | {own} | {other} | {naive} | {rate(row)} |")
+            line = f"| {row['name']} | {own} | {other} | {naive} | {rate(row)} |"
+            lines.append(line + (f" {apart(row)} |" if both else ""))
     lines += report_growth.markdown(results.get("curves", []), results.get("memory", []))
     return "\n".join([*lines, "", "</details>"])
 
