@@ -6,6 +6,7 @@ op goes the long way. It must not be reached while torch.compile traces.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -23,6 +24,8 @@ _ELEMENTS = (torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.in
 def _connected() -> str | None:
     """None, or why there are no direct calls."""
     table = getattr(Tensor, "__dlpack_c_exchange_api__", None)
+    if os.environ.get("FUSED_TRANSFORMER_DIRECT") == "0":
+        return "FUSED_TRANSFORMER_DIRECT=0 turned them off"
     if not _native.available():
         return "the compiled extension is missing"
     if table is None:
