@@ -1,6 +1,7 @@
 """Results as a table on the terminal, and as README's table and figure.
 
-    python -m bench.report [bench/results/X.json ...]     rewrites README.md between <!-- bench:begin --> and its end
+    python -m bench.report [bench/results/X.json ...]     rewrites README.md between <!-- bench:begin --> and its end,
+                                                          and between <!-- gpu:begin --> and its end
 
 Without files: the newest result of each processor or GPU that bench/results holds. Nothing is left out: a row where
 another implementation is quicker stays, in the table and in the figure. Numbers in README.md are never typed.
@@ -20,6 +21,7 @@ from bench import report_decoding, report_growth, report_training
 
 ROOT = Path(__file__).parents[1]
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
+GPU_BEGIN, GPU_END = "<!-- gpu:begin -->", "<!-- gpu:end -->"  # results of a GPU have a heading of their own
 
 
 def results_of(machine: dict, rooflines: dict, rows: list[dict], curves: list[dict], memory: list[dict]) -> dict:
@@ -108,17 +110,19 @@ def _rate(row: dict) -> str:
 
 
 def apart(row: dict) -> str:
-    """On a GPU, the device alone and the host alone (bench/apart.py): ours, and the quickest alternative's of each."""
+    """On a GPU, the device alone and the host alone (bench/apart.py): ours, on other backends too, and the quickest
+    alternative's of each."""
     told = []
     for key, name in (("graph_us", "device"), ("host_us", "host")):
         times = row.get(key, {})
         rest = {label: time for label, time in times.items() if not is_ours(label, row)}
         if row["ours"] in times:
             best = min(rest, key=lambda label: rest[label]) if rest else None
-            told.append(
-                f"{name} {duration(times[row['ours']])}" + (f" ({best} {duration(rest[best])})" if best else "")
-            )
-    return ", ".join(told)
+            mine = f"{name} {duration(times[row['ours']])}"
+            for label in (label for label in times if is_ours(label, row) and label != row["ours"]):
+                mine += f", {label.removeprefix(row['ours'] + ' ')} {duration(times[label])}"
+            told.append(mine + (f" ({best} {duration(rest[best])})" if best else ""))
+    return "; ".join(told)
 
 
 def grouped(rows: list[dict]) -> list[tuple[str, list[dict]]]:
@@ -177,6 +181,7 @@ def _rows_table(rows: list[dict]) -> list[str]:
 def markdown(results: dict, figure: str) -> str:
     lines = [f"![Each benchmark's time against the fastest alternative's]({figure})", "", "<details>"]
     lines += [f"<summary>{machine_line(results['machine'], results['rooflines'])}; {results['date']}</summary>"]
+    lines += ["", results["note"]] if "note" in results else []
     for group, rows in grouped(results["rows"]):
         both = any(apart(row) for row in rows)
         lines += [
@@ -252,7 +257,7 @@ def main(arguments: list[str] | None = None) -> None:
     files = options.results or newest(ROOT / "bench" / "results")
     if not files:
         parser.error("bench/results holds no results: run python -m bench first")
-    sections = []
+    sections: dict[str, list[str]] = {"cpu": [], "cuda": []}
     for path in files:
         results = json.loads(path.read_text())
         if options.print:
@@ -260,9 +265,11 @@ def main(arguments: list[str] | None = None) -> None:
             continue
         figure = path.with_suffix(".svg")
         write_figure(results, figure)
-        sections.append(markdown(results, figure.resolve().relative_to(options.readme.resolve().parent).as_posix()))
-    if sections:
-        update_readme(options.readme, "\n\n".join(sections))
+        told = markdown(results, figure.resolve().relative_to(options.readme.resolve().parent).as_posix())
+        sections[results["machine"].get("device", "cpu")].append(told)
+    for device, marks in (("cpu", (BEGIN, END)), ("cuda", (GPU_BEGIN, GPU_END))):
+        if sections[device]:
+            update_readme(options.readme, "\n\n".join(sections[device]), *marks)
     if options.results or options.print:
         return
     for name, section in {**report_decoding.SECTIONS, **report_training.SECTIONS}.items():

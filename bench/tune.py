@@ -1,8 +1,8 @@
 """python -m bench.tune: times candidate tiles of attention's Triton kernels in bfloat16 on this GPU, for
 kernels/attention/triton_config.py.
 
-Each candidate is compiled first, several processes side by side (Triton keeps what they compile on disk), and then timed
-alone in this one. A line is a kernel, a head width and a mask; behind it the candidates, fastest first. "own"
+Each candidate is compiled first, several processes side by side (Triton keeps what they compile on disk), and then
+timed alone in this one. A line is a kernel, a head width and a mask; behind it the candidates, fastest first. "own"
 marks what the table has now. Tiles must not depend on batch or length, so a candidate is worth the line it takes if it
 is faster at every length here.
 """

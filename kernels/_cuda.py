@@ -17,7 +17,6 @@ from torch import Tensor
 
 from fused_transformer.kernels import _native
 
-
 _ALREADY = nullcontext()
 
 

@@ -82,12 +82,17 @@ def undisturbed() -> bool:
 
 
 class Op:
-    """The backends of one op in order of preference; the last, "reference", refuses nothing."""
+    """The backends of one op in order of preference; the last, "reference", refuses nothing.
 
-    def __init__(self, package: str, order: tuple[str, ...]):
+    first: of the arguments of `forward`, the backend to ask ahead of that order, or None. It may look at dtypes, widths
+        and devices, and at nothing that other sequences of a batch decide.
+    """
+
+    def __init__(self, package: str, order: tuple[str, ...], first: Callable[..., str | None] | None = None):
         self.name = package.rpartition(".")[2]
         self.package = package
         self.order = order
+        self.first = first
         self._on_cpu = tuple(backend for backend in order if backend in ON_CPU)
         # The module, or why it did not import: remembered, because trying again costs 400 µs a call.
         self._modules: dict[str, ModuleType | str] = {}
@@ -126,9 +131,12 @@ class Op:
         )
 
     def _candidates(self, args: tuple) -> tuple[str, ...]:
-        """`order` without the backends that would refuse the first argument because of its device."""
+        """`first`, then `order`, without the backends that would refuse the first argument because of its device."""
         on_cpu = self._on_cpu and args and isinstance(args[0], Tensor) and args[0].is_cpu
-        return self._on_cpu if on_cpu and self._on_cpu[-1] == "reference" else self.order
+        if on_cpu and self._on_cpu[-1] == "reference":
+            return self._on_cpu
+        first = None if self.first is None else self.first(*args)
+        return self.order if first is None else (first, *(backend for backend in self.order if backend != first))
 
     def pick(self, *args) -> ModuleType:
         """The first backend that takes `args`; the forced one, if there is one, or an error."""

@@ -3,8 +3,8 @@
 HOPPER's for heads up to 128 are those that were fastest on an H200 (`python -m bench.tune`, bfloat16, 128 and 2,048
 tokens, with and without a causal mask). The others are chosen without a GPU, by what ptxas says of each (bench/results/
 triton_builds.json): no spills in the loops over whole tiles, products on tensor cores and not serialized, shared memory
-within the GPU's; which of those that fit is fastest is for a GPU to say. Tiles depend on the kinds of masks too, but on nothing else: neither batch nor length changes a
-row's bits.
+within the GPU's; which of those that fit is fastest is for a GPU to say. Tiles depend on the kinds of masks too, but on
+nothing else: neither batch nor length changes a row's bits.
 """
 
 from __future__ import annotations

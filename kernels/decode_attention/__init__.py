@@ -5,13 +5,21 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fused_transformer.kernels._autocast import in_dtype_of
+from fused_transformer.kernels import _cuda
+from fused_transformer.kernels._autocast import SIXTEEN_BITS, in_dtype_of
 from fused_transformer.kernels._compile import routed
 from fused_transformer.kernels._dispatch import Op
 from fused_transformer.kernels.decode_attention import compiled
 from fused_transformer.kernels.decode_attention.checks import check_no_gradient, checked
 
-op = Op(__name__, order=("cuda", "triton", "cpu", "reference"))
+
+def _first(q: Tensor, *_rest) -> str | None:
+    """On Hopper Triton's kernels need 0.2 to 0.7 of the CUDA ones' time in 16 bits, and 1.4 to 2.9 times it in float32."""
+    sixteen_bits = q.is_cuda and q.dtype in SIXTEEN_BITS
+    return "triton" if sixteen_bits and _cuda.capability(q.device)[0] == 9 else None
+
+
+op = Op(__name__, order=("cuda", "triton", "cpu", "reference"), first=_first)
 
 
 def decode_attention(

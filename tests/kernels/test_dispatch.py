@@ -5,10 +5,12 @@ from __future__ import annotations
 import itertools
 import sys
 import threading
+from typing import NamedTuple
 
 import pytest
+import torch
 
-from fused_transformer.kernels import _dispatch
+from fused_transformer.kernels import _cuda, _dispatch
 from fused_transformer.kernels._dispatch import BACKENDS, OPS, Op, use_backend
 
 TAKES_ALL = "def refuses(*args):\n    return None\n"
@@ -50,6 +52,31 @@ def test_the_first_that_does_not_refuse_is_taken(make_op):
 def test_the_order_is_the_ops_own(make_op):
     op = make_op(("triton", "cuda", "reference"), cuda=TAKES_ALL, triton=TAKES_ALL, reference=TAKES_ALL)
     assert chosen(op) == "triton"
+
+
+def test_arguments_may_call_for_another_first(make_op):
+    op = make_op(cuda=TAKES_ALL, triton=REFUSES_NEGATIVE, reference=TAKES_ALL)
+    op.first = lambda x: "triton" if x % 2 else None
+    assert [chosen(op, x) for x in (1, 2, -1)] == ["triton", "cuda", "cuda"]
+    with use_backend("cuda"):
+        assert chosen(op, 1) == "cuda"
+
+
+def test_decode_attention_on_hopper_is_tritons_in_16_bits(monkeypatch):
+    class OnAGpu(NamedTuple):
+        dtype: torch.dtype
+        is_cuda: bool = True
+        device: torch.device = torch.device("cuda", 0)
+
+    for capability, dtype, expected in (
+        ((9, 0), torch.bfloat16, "triton"),
+        ((9, 0), torch.float16, "triton"),
+        ((9, 0), torch.float32, None),
+        ((8, 0), torch.bfloat16, None),
+    ):
+        monkeypatch.setattr(_cuda, "capability", lambda device, capability=capability: capability)
+        assert OPS["decode_attention"].first(OnAGpu(dtype)) == expected
+    assert OPS["decode_attention"].first(torch.zeros(2, dtype=torch.bfloat16)) is None
 
 
 def test_serves_tells_a_kernel_from_the_reference(make_op):
