@@ -48,6 +48,7 @@ def _connected() -> str | None:
         torch.float32,
         torch.int64,
         getattr(torch._C, "_cuda_getCurrentRawStream", None),
+        getattr(torch._C, "_cuda_getDevice", None),
     )
     with _disable_current_modes():  # of whoever imports this package where tensors are fake
         examples = [torch.empty(3, 5, dtype=dtype, device="cpu")[1:, 1:3].t() for dtype in _ELEMENTS]

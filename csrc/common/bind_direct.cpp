@@ -1,9 +1,5 @@
 #include "bind_direct.h"
 
-#ifdef FUSED_WITH_CUDA
-#include <cuda_runtime_api.h>
-#endif
-
 #include <cstdlib>
 #include <memory>
 #include <stdexcept>
@@ -44,7 +40,9 @@ struct Torch {
   PyObject *dispatch, *forward_ad;  // the dictionaries of two modules
   PyObject* empty_like;
   PyObject *contiguous_format, *float32, *int64;
-  PyObject* raw_stream;  // of a device's number: the address of its current stream; None where torch has no CUDA
+  // Torch's words, since another copy of the CUDA runtime may remember another device. None where torch has no CUDA.
+  PyObject* raw_stream;      // of a device's number: the address of its current stream
+  PyObject* current_device;  // the number of the current device
 } torch;
 
 constexpr int kMostDevices = 64;
@@ -144,9 +142,9 @@ PyObject* guarded(PyObject* self, PyObject* const* arguments, Py_ssize_t count) 
 PyObject* connect(PyObject*, PyObject* arguments) {
   PyObject* table;
   Torch t;
-  if (!PyArg_ParseTuple(arguments, "OOOOOOOOOOOOOOOOO", &table, &t.tensor, &t.parameter, &t.device, &t.modes,
+  if (!PyArg_ParseTuple(arguments, "OOOOOOOOOOOOOOOOOO", &table, &t.tensor, &t.parameter, &t.device, &t.modes,
                         &t.transforms, &t.tracing, &t.autocast, &t.grad_enabled, &t.forced, &t.dispatch, &t.forward_ad,
-                        &t.empty_like, &t.contiguous_format, &t.float32, &t.int64, &t.raw_stream))
+                        &t.empty_like, &t.contiguous_format, &t.float32, &t.int64, &t.raw_stream, &t.current_device))
     return nullptr;
   constexpr const char* name = "dlpack_exchange_api";
   if (!PyCapsule_IsValid(table, name)) Py_RETURN_FALSE;
@@ -176,7 +174,8 @@ PyObject* add_device(PyObject* const* arguments) {
   int64_t number, told[3];
   for (int i = 0; i < 3; ++i)
     if (!integer(arguments[2 + i], told[i])) return nullptr;
-  if (!integer(arguments[0], number) || number < 0 || number >= kMostDevices || torch.raw_stream == Py_None)
+  if (!integer(arguments[0], number) || number < 0 || number >= kMostDevices || torch.raw_stream == Py_None ||
+      torch.current_device == Py_None)
     return nullptr;
 #ifdef FUSED_WITH_CUDA
   devices[number] = {Py_NewRef(arguments[1]), int(told[0]), int(told[1]), int(told[2])};
@@ -266,12 +265,11 @@ bool together(std::initializer_list<const View*> views) {
   for (const View* x : views)
     if (x->given() && x->device != device) return false;
   if (device == kCpuDevice) return true;
-#ifdef FUSED_WITH_CUDA
-  int current;
-  return cudaGetDevice(&current) == cudaSuccess && current == device;
-#else
-  return false;
-#endif
+  const Ref number(PyObject_CallNoArgs(torch.current_device));
+  if (number.get() == nullptr) throw PythonError{};
+  const long current = PyLong_AsLong(number.get());
+  if (PyErr_Occurred()) throw PythonError{};
+  return current == device;
 }
 
 Output working_memory(const View& x, PyObject* like, int64_t floats) {
