@@ -48,6 +48,8 @@ format: $(VENV)/.tools  ## rewrite what lint would complain of
 # Triton compiles some kernels for each test: with pytest-xdist as many of them side by side as there are processors.
 GPU_WORKERS = $(shell $(PYTHON) -c 'import importlib.util as u; print("-n auto" if u.find_spec("xdist") else "")')
 GPU_RESULTS := $(if $(OUT),$(OUT),bench/results)
+# A part of a run (ARGS) must not take the place of a whole one.
+GPU_INTO = $(if $(ARGS),$(if $(OUT),--results $(OUT)),--results $(GPU_RESULTS))
 
 gpu:  ## on a machine with a GPU, without network and into the current Python: GPU tests, then GPU benchmarks
 	FUSED_TRANSFORMER_CUDA=1 $(PYTHON) -m pip install --no-index --no-build-isolation --no-deps -v -e .
@@ -56,7 +58,7 @@ gpu:  ## on a machine with a GPU, without network and into the current Python: G
 	status=0; mkdir -p $(GPU_RESULTS); \
 	$(PYTHON) -m pytest -m gpu $(GPU_WORKERS) --benchmark-disable > $(GPU_RESULTS)/gpu_tests.log 2>&1 || status=$$?; \
 	tail -n 40 $(GPU_RESULTS)/gpu_tests.log; \
-	$(PYTHON) -m bench --device cuda --results $(GPU_RESULTS) $(ARGS) || status=$$?; exit $$status
+	$(PYTHON) -m bench --device cuda $(GPU_INTO) $(ARGS) || status=$$?; exit $$status
 
 sanitize: $(VENV)/.native  ## the CPU kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer
 	sh _build/sanitize.sh $(RUN) -n auto

@@ -87,7 +87,8 @@ def race(compare, batch: Batch, modules: dict[str, nn.Module], forwards: dict[st
     for module in modules.values():
         module.train(training)
     implementations = {label: lambda label=label: run(label, modules[label]) for label in modules}
-    compare(implementations, check=check, flops=flops)
+    dtype = "float32" if batch.x.device.type == "cpu" else "bfloat16"  # of the products, under autocast
+    compare(implementations, check=check, flops=flops, dtype=dtype)
 
 
 def sizes(shape: shapes.Layer) -> tuple[int, int, int, float]:

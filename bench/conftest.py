@@ -40,6 +40,7 @@ from bench.timing import Interleaved, Stamp, copy_gigabytes_per_second, matmul_g
 
 ROWS = pytest.StashKey[list]()
 WRITTEN = pytest.StashKey[list[Path]]()
+INCOMPLETE = pytest.StashKey[Path]()
 JUDGES = ("naive", "torch.nn", "unpacked")  # what others are compared with: they run, though they may not be timed
 
 
@@ -128,8 +129,9 @@ def compare(benchmark, request, device):
         exact=None,
         check=None,
         ours="fused",
+        dtype=None,
     ):
-        row = {"group": group, "name": name, "ours": ours, "refused": {}, "dtype": _dtype(args)}
+        row = {"group": group, "name": name, "ours": ours, "refused": {}, "dtype": dtype or _dtype(args)}
         implementations = {
             label: one for label, one in implementations.items() if label in JUDGES or timed(label, ours)
         }
@@ -207,7 +209,7 @@ def pytest_sessionfinish(session, exitstatus):
         path = report.write_results(folder, results)
         session.config.stash[WRITTEN] = [path, *plots.write(results, path)]
     elif exitstatus in (pytest.ExitCode.TESTS_FAILED, pytest.ExitCode.INTERRUPTED):
-        report.write_results(folder, results, complete=False)
+        session.config.stash[INCOMPLETE] = report.write_results(folder, results, complete=False)
 
 
 def measured(config) -> dict | None:
@@ -234,7 +236,8 @@ def pytest_terminal_summary(terminalreporter, config):
         terminalreporter.write_line(line)
     if WRITTEN in config.stash:
         terminalreporter.write_line("\nwritten: " + ", ".join(map(str, config.stash[WRITTEN])))
+    elif INCOMPLETE in config.stash:
+        path = config.stash[INCOMPLETE]
+        terminalreporter.write_line(f"\nnot all rows were measured: what was is in {path}, which no table is made of")
     elif config.getoption("--results"):
-        terminalreporter.write_line(
-            "\na row failed: what was measured is in ..._incomplete.json, which no table is made of"
-        )
+        terminalreporter.write_line("\nnot written: the run broke off")

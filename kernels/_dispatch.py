@@ -130,7 +130,7 @@ class Op:
             if forced or backend != "reference"
         )
 
-    def _candidates(self, args: tuple) -> tuple[str, ...]:
+    def order_for(self, *args) -> tuple[str, ...]:
         """`first`, then `order`, without the backends that would refuse the first argument because of its device."""
         on_cpu = self._on_cpu and args and isinstance(args[0], Tensor) and args[0].is_cpu
         if on_cpu and self._on_cpu[-1] == "reference":
@@ -142,7 +142,7 @@ class Op:
         """The first backend that takes `args`; the forced one, if there is one, or an error."""
         forced = _forced.get()
         reasons = {}
-        for backend in (forced,) if forced else self._candidates(args):
+        for backend in (forced,) if forced else self.order_for(*args):
             module = self._modules.get(backend)  # in most calls it has been imported
             why = module.refuses(*args) if type(module) is ModuleType else self.why_not(backend, *args)
             if why is None:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fused_transformer import incremental
+from fused_transformer.kernels._dispatch import forced_backend
 from fused_transformer.layers import DecoderLayer
 from fused_transformer.model import Transformer
 
@@ -85,7 +86,7 @@ class GraphedTransformer:
         batch, source = memory.shape[:2]
         heads, width = plain.cache.shape[3], plain.cache.shape[5]
         shape = (_power_of_two(batch), beam_size, -(-max(source, 1) // POSITIONS) * POSITIONS, heads, width)
-        key = (*shape, plain.cache.dtype)
+        key = (*shape, plain.cache.dtype, forced_backend())  # a graph holds the kernels that it was captured with
         idle = self._idle.setdefault(key, [])
         workspace = idle.pop() if idle else _Workspace(shape, len(plain.memory), plain.cache)
         workspace.fill(plain)

@@ -95,7 +95,7 @@ def model_report(model: nn.Module, *inputs, **options) -> ModelReport:
     def see(op, backend: str, arguments: tuple) -> None:
         if threading.get_ident() == thread:
             inner = next((names[module] for module in reversed(running) if module in names), "")
-            reasons = _reasons(op.why_not, op.order, backend, arguments)
+            reasons = _reasons(op.why_not, op.order_for(*arguments), backend, arguments)
             calls.append(OpCall(inner, op.name, backend, _described(arguments), reasons))
 
     handles = [register_module_forward_pre_hook(enter), register_module_forward_hook(leave, always_call=True)]
@@ -117,7 +117,8 @@ def _reasons(
 ) -> tuple[tuple[str, str], ...]:
     """Why the kernels that are faster than the chosen one on the arguments' device did not run."""
     tensors = _tensors(arguments)
-    kernels = [name for name in KERNELS.get(tensors[0].device.type if tensors else "cpu", ()) if name in order]
+    on_device = KERNELS.get(tensors[0].device.type if tensors else "cpu", ())
+    kernels = [name for name in order if name in on_device]
     faster = kernels[: kernels.index(chosen)] if chosen in kernels else kernels
     return tuple((name, why(name, *arguments) or f"use_backend({chosen!r}) forces another") for name in faster)
 

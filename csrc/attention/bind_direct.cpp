@@ -104,11 +104,13 @@ bool fits(const Device& device, const Attention& args) {
   return !little || args.D <= (args.dtype == DType::f32 ? 64 : 128);
 }
 
-bool hopper = false;  // whether Hopper's own kernel may be taken; kernels/attention/cuda_sm90.py sets it
+// Whether Hopper's own kernel may be taken. Nobody knows until kernels/attention/cuda_sm90.py says so, which the first
+// call on CUDA imports, by going the long way.
+enum class Hopper { unknown, no, yes } hopper = Hopper::unknown;
 
 // (bool): sets `hopper`.
 PyObject* use_hopper(PyObject* const* arguments) {
-  hopper = arguments[0] == Py_True;
+  hopper = arguments[0] == Py_True ? Hopper::yes : Hopper::no;
   return Py_NewRef(Py_True);
 }
 
@@ -119,7 +121,7 @@ void forward_on_cuda(const View& q, AttentionForward& args) {
   args.multiprocessors = device.multiprocessors;
   const Released released;
 #ifdef FT_WITH_SM90
-  if (hopper && device.major == 9 && device.minor == 0 && cuda::why_not_sm90(args) == nullptr)
+  if (hopper == Hopper::yes && device.major == 9 && device.minor == 0 && cuda::why_not_sm90(args) == nullptr)
     return cuda::attention_forward_sm90(args, q.shape[0], args.B, stream);
 #endif
   cuda::attention_forward(args, stream);
@@ -139,16 +141,16 @@ PyObject* attention(PyObject* const* arguments) {
     return nullptr;
   if (!together({&q, &k, &v, &keep, &bias, &k_lengths, &q_offsets, &k_offsets})) return nullptr;
   // on CUDA a mask's bits want memory, and the longest sequence of a packed batch is not known to the host
-  if (!q.on_cpu() && (keep.given() || q_offsets.given())) return nullptr;
+  if (!q.on_cpu() && (keep.given() || q_offsets.given() || hopper == Hopper::unknown)) return nullptr;
   AttentionForward args;
   if (!sizes(q, k, v, q_offsets, k_offsets, args)) return nullptr;
   if (!q.on_cpu() && !fits(device_of(q), args)) return nullptr;
   // masks of packed batches may be larger than the longest sequence
   if (q_offsets.given() && (keep.given() || bias.given())) return nullptr;
   if (keep.given() && (keep.element != Element::boolean || !scores(keep, args, args.keep))) return nullptr;
-  // of the imaginary part of a conjugate, the one tensor whose sign is not in its memory, no axis is dense
-  if (bias.given() && (!bias.floating() || bias.ndim == 0 || !bias.dense_last() || !scores(bias, args, args.bias)))
-    return nullptr;
+  // of the imaginary part of a conjugate, the one tensor whose sign is not in its memory, no stride is 1
+  if (bias.given() && (!bias.floating() || bias.ndim == 0 || bias.stride[bias.ndim - 1] != 1)) return nullptr;
+  if (bias.given() && !scores(bias, args, args.bias)) return nullptr;
   if (bias.given()) args.bias_dtype = bias.dtype();
   if (!causal(arguments[5], args.causal) || !window(arguments[6], args)) return nullptr;
   if (k_lengths.given() && !lengths(k_lengths, args.B, args.S, args.k_lengths)) return nullptr;

@@ -11,7 +11,8 @@ for float32 and for biases of any size.
 
 Kernels are compiled without fusing products with sums (launched with enable_fp_fusion=False), and a multiply-add that
 is wanted is written out: what a compiler fuses depends on what stands between, and a mask that hides nothing would
-change bits.
+change bits. In float32, outside tensor cores, it changes some still: the order in which the lanes of a row are summed
+is the compiler's.
 """
 
 from __future__ import annotations

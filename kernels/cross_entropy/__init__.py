@@ -96,12 +96,13 @@ def cross_entropy(
     """
     check_reduction(reduction)
     if not torch.compiler.is_compiling():
-        loss = _direct_call(logits, targets, label_smoothing, smoothing, z_loss, ignore_index, reduction)
-        if loss is not None:
-            return loss
-    losses = None
-    if reduction != "none" and not torch.compiler.is_compiling() and isinstance(logits, Tensor) and logits.is_cuda:
-        losses = _direct_call(logits, targets, label_smoothing, smoothing, z_loss, ignore_index, "none")
+        # on CUDA the sum over rows is torch's own
+        directly = "none" if isinstance(logits, Tensor) and logits.is_cuda else reduction
+        losses = _direct_call(logits, targets, label_smoothing, smoothing, z_loss, ignore_index, directly)
+        if losses is not None and directly == reduction:
+            return losses
+    else:
+        losses = None
     if losses is not None:
         pass
     elif routed(logits):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import Tensor
@@ -67,6 +70,21 @@ def test_attention_takes_hoppers_kernel_where_it_is_switched_on(hopper, monkeypa
         with use_backend("cuda"):
             expected = kernels.attention_with_lse(**arguments)
         assert_same(direct_results(monkeypatch, kernels.attention_with_lse, arguments), expected)
+
+
+def test_no_attention_is_direct_before_hoppers_switch_was_read():
+    """In a process whose first call is of another op, which makes the device known."""
+    code = """
+import torch
+from fused_transformer import kernels
+kernels.layer_norm(torch.ones(2, 8, device="cuda"))
+q, k, v = torch.randn(3, 2, 3, 150, 128, dtype=torch.bfloat16, device="cuda")
+first, second = kernels.attention(q, k, v), kernels.attention(q, k, v)
+with kernels.use_backend("cuda"):
+    expected = kernels.attention(q, k, v)
+assert torch.equal(first, expected) and torch.equal(second, expected)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
 
 def test_it_runs_on_the_current_stream():

@@ -7,6 +7,7 @@ import torch
 
 from fused_transformer import GraphedTransformer, SearchOptions, beam_search, generate, greedy
 from fused_transformer.graphed import POSITIONS
+from fused_transformer.kernels import use_backend
 from tests.oracle import assert_equal
 from tests.transformer.models import LENGTHS, SOURCE, VARIANTS, VOCAB, tiny
 
@@ -66,6 +67,16 @@ def test_a_workspace_is_used_again_whatever_it_holds(device):
     assert state.rows == 4
     got, want = graphed.step(tokens[:4], state), model.step(tokens[:4], expected)
     torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+
+
+def test_another_backend_has_workspaces_of_its_own(device):
+    """A graph holds the kernels that it was captured with."""
+    model, graphed = both(device)
+    memory, lengths = model.encode(SOURCE.to(device)), LENGTHS.to(device)
+    for forced in (None, "reference", None, "reference"):
+        with use_backend(forced):
+            graphed.start(memory, lengths)
+    assert len(graphed._idle) == 2
 
 
 def test_samples_and_new_weights(device):
