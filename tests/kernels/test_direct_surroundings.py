@@ -13,8 +13,8 @@ from fused_transformer import kernels
 from fused_transformer.kernels import _direct, _native
 from fused_transformer.kernels.embedding import positions
 from tests.inputs import normal
-from tests.oracle import assert_equal
 from tests.kernels.two_ways import assert_same, integers
+from tests.oracle import assert_equal
 
 pytestmark = pytest.mark.skipif(_direct.WHY_NONE is not None, reason=f"no direct calls: {_direct.WHY_NONE}")
 
