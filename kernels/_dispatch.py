@@ -131,10 +131,12 @@ class Op:
         )
 
     def order_for(self, *args) -> tuple[str, ...]:
-        """`first`, then `order`, without the backends that would refuse the first argument because of its device."""
+        """`preference` without the backends that would refuse the first argument because of its device."""
         on_cpu = self._on_cpu and args and isinstance(args[0], Tensor) and args[0].is_cpu
-        if on_cpu and self._on_cpu[-1] == "reference":
-            return self._on_cpu
+        return self._on_cpu if on_cpu and self._on_cpu[-1] == "reference" else self.preference(*args)
+
+    def preference(self, *args) -> tuple[str, ...]:
+        """`first`, if there is one for these arguments, then the others of `order`."""
         first = None if self.first is None else self.first(*args)
         return self.order if first is None else (first, *(backend for backend in self.order if backend != first))
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fused_transformer import incremental
-from fused_transformer.kernels._dispatch import forced_backend
+from fused_transformer.kernels import forced_backend
 from fused_transformer.layers import DecoderLayer
 from fused_transformer.model import Transformer
 

@@ -95,7 +95,7 @@ def model_report(model: nn.Module, *inputs, **options) -> ModelReport:
     def see(op, backend: str, arguments: tuple) -> None:
         if threading.get_ident() == thread:
             inner = next((names[module] for module in reversed(running) if module in names), "")
-            reasons = _reasons(op.why_not, op.order_for(*arguments), backend, arguments)
+            reasons = _reasons(op.why_not, op.preference(*arguments), backend, arguments)
             calls.append(OpCall(inner, op.name, backend, _described(arguments), reasons))
 
     handles = [register_module_forward_pre_hook(enter), register_module_forward_hook(leave, always_call=True)]
