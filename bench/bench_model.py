@@ -165,7 +165,7 @@ def bench_greedy_decoding(compare, shape, device):
             target = torch.cat([target, logits.argmax(-1, keepdim=True)], dim=1)
         return target
 
-    if device == "cuda":  # as `translate` does there; "unpacked" is the model itself, each step op by op
+    if device == "cuda":  # as `translate --cuda-graphs` does; "unpacked" is the model itself, each step op by op
         models = {**models, "unpacked": models["fused"], "fused": GraphedTransformer(models["fused"])}
 
     @torch.no_grad()

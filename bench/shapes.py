@@ -119,9 +119,8 @@ BASE_512 = here(Attention("transformer-base", 8, 8, 512, 512))
 BASE_128_BF16 = here(Attention("transformer-base", 32, 8, 128, 128, dtype=torch.bfloat16))
 BASE_CROSS = here(Attention("transformer-base", 32, 8, 64, 128))
 BASE_STEP = here(Attention("transformer-base", 64, 8, 1, 128))  # one decoding step over the encoder's memory
-WMT = here(
-    Attention("transformer-base wmt", 64, 8, 107, 107, mix="wmt")
-)  # the paper's task: most of a batch is padding
+# the paper's task: most of a batch is padding
+WMT = here(Attention("transformer-base wmt", 64, 8, 107, 107, mix="wmt"))
 BERT = here(Attention("bert-base", 32, 12, 128, 128))
 VIT = here(Attention("vit-base-16", 16, 12, 197, 197))
 GPT2 = here(Attention("gpt2", 2, 12, 1024, 1024))

@@ -47,7 +47,7 @@ def tiles_for(kernel: str, q: Tensor, mask: Mask, dropout_p: float, launch: Call
         return own
     kind = kernel, q.dtype, q.shape[-1], q.device, _masks(mask), dropout_p > 0
     if kind not in _fastest:
-        times = {tiles: _microseconds(tiles, launch) for tiles in (own, *CANDIDATES[kernel])}
+        times = {tiles: microseconds(tiles, launch) for tiles in (own, *CANDIDATES[kernel])}
         _fastest[kind] = min(times, key=lambda tiles: times[tiles])
     return _fastest[kind]
 
@@ -62,7 +62,7 @@ def _capturing(q: Tensor) -> bool:
     return q.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
-def _microseconds(tiles: Config, launch: Callable[[Config], None]) -> float:
+def microseconds(tiles: Config, launch: Callable[[Config], None]) -> float:
     """Median of some launches; infinite where the GPU has no room for these tiles."""
     from triton.runtime.errors import OutOfResources
     from triton.testing import do_bench

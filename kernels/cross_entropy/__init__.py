@@ -103,12 +103,10 @@ def cross_entropy(
             return losses
     else:
         losses = None
-    if losses is not None:
-        pass
-    elif routed(logits):
+    if losses is None and routed(logits):
         options = (float(label_smoothing), smoothing, float(z_loss), int(ignore_index))
         losses = compiled.losses_and_statistics(logits, targets, *options)[0]
-    else:
+    elif losses is None:
         losses = _losses(logits, targets, label_smoothing, smoothing, z_loss, ignore_index, inplace_backward)
     if reduction == "none":
         return losses

@@ -38,7 +38,7 @@ def timed(monkeypatch):
 
     monkeypatch.setattr(autotune, "enabled", lambda: True)
     monkeypatch.setattr(autotune, "_fastest", {})
-    monkeypatch.setattr(autotune, "_microseconds", microseconds)
+    monkeypatch.setattr(autotune, "microseconds", microseconds)
     return counts
 
 
@@ -54,7 +54,7 @@ def test_every_candidate_gives_the_right_numbers(monkeypatch):
             seen.append(tiles)
             return float(abs(len(seen) - 1 - number))
 
-        monkeypatch.setattr(autotune, "_microseconds", microseconds)
+        monkeypatch.setattr(autotune, "microseconds", microseconds)
         assert_backend_matches(attention, "triton", tensors, k_lengths=torch.tensor([90, 33]))
 
 
@@ -86,7 +86,7 @@ def test_off_unless_asked_for_and_never_in_the_interpreter(monkeypatch):
     def refuse(tiles, launch):
         raise AssertionError("nobody asked for times")
 
-    monkeypatch.setattr(autotune, "_microseconds", refuse)
+    monkeypatch.setattr(autotune, "microseconds", refuse)
     q = qkv()["q"]
     mask = None
     monkeypatch.setenv("FUSED_TRANSFORMER_AUTOTUNE", "1")
@@ -119,5 +119,5 @@ def test_what_a_gpu_has_no_room_for_is_not_taken(monkeypatch):
             raise OutOfResources(300_000, 232_448, "shared memory")
 
     large, small = autotune.CANDIDATES["forward"][0], autotune.CANDIDATES["forward"][-1]
-    assert autotune._microseconds(large, launch) == float("inf")
-    assert autotune._microseconds(small, launch) == 500.0
+    assert autotune.microseconds(large, launch) == float("inf")
+    assert autotune.microseconds(small, launch) == 500.0

@@ -41,35 +41,24 @@ def _device_is_known():
     kernels.layer_norm(torch.ones(2, 8, device="cuda"))
 
 
-def direct_results(monkeypatch, function, arguments: dict):
-    """What the function gives if it must not choose a backend, which the long way does."""
-
-    def pick(op, *_args):
-        raise AssertionError(f"{op.name} went the long way")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(kernels._dispatch.Op, "pick", pick)
-        return function(**arguments)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", [name for name in CALLS if name not in ELSEWHERE])
-def test_a_direct_call_gives_what_the_long_way_gives(name, dtype, monkeypatch):
+def test_a_direct_call_gives_what_the_long_way_gives(name, dtype, direct):
     function, arguments = CALLS[name][0], arguments_of(name, dtype)
     with use_backend("cuda"):
         expected = function(**arguments)  # and makes the table of positions that the embedding looks up
-    assert_same(direct_results(monkeypatch, function, arguments), expected)
+    assert_same(direct(function, **arguments), expected)
 
 
 @pytest.mark.parametrize("hopper", [False, True])
-def test_attention_takes_hoppers_kernel_where_it_is_switched_on(hopper, monkeypatch):
+def test_attention_takes_hoppers_kernel_where_it_is_switched_on(hopper, direct):
     from fused_transformer.kernels.attention import cuda_sm90
 
     arguments = {name: normal(2, 3, 150, 64, dtype=torch.bfloat16, device="cuda") for name in "qkv"}
     with cuda_sm90.switched(hopper):
         with use_backend("cuda"):
             expected = kernels.attention_with_lse(**arguments)
-        assert_same(direct_results(monkeypatch, kernels.attention_with_lse, arguments), expected)
+        assert_same(direct(kernels.attention_with_lse, **arguments), expected)
 
 
 def test_no_attention_is_direct_before_hoppers_switch_was_read():
