@@ -8,6 +8,7 @@
 #include "common/bind_direct.h"
 #include "common/isa.h"
 #include "common/pages.h"
+#include "common/row_parts.h"
 
 namespace py = pybind11;
 
@@ -51,6 +52,7 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "Native kernels of fused_transformer. Tensors are addresses, sizes and strides; see csrc/<op>/<op>.h.";
   m.attr("cuda_archs") = FT_CUDA_ARCHS;  // "" where this build has no CUDA
   m.def("isa", &fused::cpu::isa_name, "The instruction set the CPU kernels run with.");
+  m.def("row_parts", &fused::cpu::row_parts, "Into how many groups the CPU kernels cut rows that they sum over.");
   m.def("cpu_threads", &omp_get_max_threads, "The number of OpenMP threads a kernel may use.");
   py::class_<Pages>(m, "Pages", py::buffer_protocol(), "Memory on large pages that others have used before.")
       .def(py::init([](int64_t bytes) { return Pages{fused::cpu::reused_pages(size_t(bytes)), bytes}; }))

@@ -33,6 +33,11 @@ def lowered(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(x if x.dtype in (dtype, torch.float64) else x.to(dtype) for x in tensors)
 
 
+def lowers(x: Tensor) -> bool:
+    """Whether `lowered` makes another tensor of x."""
+    return lowered(x)[0] is not x
+
+
 def in_dtype_of(x: Tensor, given: Tensor) -> Tensor:
     """x in the dtype of `given`, if autocast is on: it may have made one in its dtype and the other not."""
     return x if x.dtype == given.dtype or autocast_dtype(x) is None else x.to(given.dtype)

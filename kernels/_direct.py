@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import _disable_current_modes
 
-from fused_transformer.kernels import _dispatch, _native
+from fused_transformer.kernels import _autocast, _dispatch, _native
 
 # In the order of Element in csrc/common/bind_direct.h.
 _ELEMENTS = (torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.bool)
@@ -40,6 +40,7 @@ def _connected() -> str | None:
         torch._C._get_tracing_state,
         torch._C._is_any_autocast_enabled,
         torch.is_grad_enabled,
+        _autocast.lowers,
         _dispatch._forced,
         vars(_dispatch),
         vars(forward_ad),

@@ -111,6 +111,12 @@ class Op:
             self._modules[backend] = found
         return found
 
+    def on(self, x: Tensor) -> ModuleType:
+        """The backend whose kernel a direct call on x runs."""
+        module = self.module("cpu" if x.is_cpu else "cuda")
+        assert isinstance(module, ModuleType), module
+        return module
+
     def why_not(self, backend: str, *args) -> str | None:
         """None if `backend` takes these arguments, else why it does not."""
         if backend not in self.order:

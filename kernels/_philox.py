@@ -19,6 +19,13 @@ def new_seed(device: torch.device) -> Tensor:
     return torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=device)
 
 
+def seed_for(x: Tensor, dropout_p: float, seed: Tensor | None) -> Tensor | None:
+    """The seed of a call that was given `seed`: None where nothing is dropped, a new one where none was given."""
+    if dropout_p == 0.0:
+        return None
+    return new_seed(x.device) if seed is None else seed
+
+
 def threshold(dropout_p: float) -> int:
     """A 32-bit word below this is dropped."""
     return min(int(dropout_p * 2**32), 2**32 - 1)

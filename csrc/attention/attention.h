@@ -71,7 +71,7 @@ struct AttentionForward : Attention {
 struct AttentionBackward : Attention {
   Rows out, dout, lse;
   Rows dq;                      // dtype
-  Rows dk, dv;                  // CUDA: dtype. CPU: float32, zero on entry, D padded to a multiple of 16
+  Rows dk, dv;                  // CUDA: dtype. CPU: float32, D padded to a multiple of 16
   float* dbias_data = nullptr;  // float32, bias's own shape, zero on entry; nullptr: not wanted
   int64_t dbias_stride[4] = {0, 0, 0, 0};
 

@@ -77,8 +77,7 @@ Rows rows(const View& x) {  // (B, H, L, D), or packed (T, H, D)
 }
 
 // q, k, v and what the masks are measured against.
-bool sizes(const View& q, const View& k, const View& v, const View& q_offsets, const View& k_offsets,
-           AttentionForward& args) {
+bool sizes(const View& q, const View& k, const View& v, const View& q_offsets, const View& k_offsets, Attention& args) {
   const bool packed = q_offsets.given();
   if (!q.floating() || k.element != q.element || v.element != q.element || q.ndim != (packed ? 3 : 4) ||
       k.ndim != q.ndim || !k.same_shape(v) || q.last() != k.last() || q.last() < 1 || q.last() > kMaxHeadWidth)
@@ -130,62 +129,133 @@ void forward_on_cuda(const View& q, AttentionForward& args) {
 #endif
 }
 
-// (q, k, v, keep, bias, causal, window, k_lengths, q_offsets, k_offsets, scale, wants_lse): as attention_with_lse has
-// them. Returns out, or (out, lse).
-PyObject* attention(PyObject* const* arguments) {
+// What forward and backward passes are called with, from q on.
+struct Call {
   View q, k, v, keep, bias, k_lengths, q_offsets, k_offsets;
-  if (!view(arguments[0], q) || !view(arguments[1], k) || !view(arguments[2], v) ||
-      !view_or_absent(arguments[3], keep) || !view_or_absent(arguments[4], bias) ||
-      !view_or_absent(arguments[7], k_lengths) || !view_or_absent(arguments[8], q_offsets) ||
-      !view_or_absent(arguments[9], k_offsets))
-    return nullptr;
-  if (!together({&q, &k, &v, &keep, &bias, &k_lengths, &q_offsets, &k_offsets})) return nullptr;
-  // on CUDA a mask's bits want memory, and the longest sequence of a packed batch is not known to the host
-  if (!q.on_cpu() && (keep.given() || q_offsets.given() || hopper == Hopper::unknown)) return nullptr;
-  AttentionForward args;
-  if (!sizes(q, k, v, q_offsets, k_offsets, args)) return nullptr;
-  if (!q.on_cpu() && !fits(device_of(q), args)) return nullptr;
-  // masks of packed batches may be larger than the longest sequence
-  if (q_offsets.given() && (keep.given() || bias.given())) return nullptr;
-  if (keep.given() && (keep.element != Element::boolean || !scores(keep, args, args.keep))) return nullptr;
-  // of the imaginary part of a conjugate, the one tensor whose sign is not in its memory, no stride is 1
-  if (bias.given() && (!bias.floating() || bias.ndim == 0 || bias.stride[bias.ndim - 1] != 1)) return nullptr;
-  if (bias.given() && !scores(bias, args, args.bias)) return nullptr;
-  if (bias.given()) args.bias_dtype = bias.dtype();
-  if (!causal(arguments[5], args.causal) || !window(arguments[6], args)) return nullptr;
-  if (k_lengths.given() && !lengths(k_lengths, args.B, args.S, args.k_lengths)) return nullptr;
-  double scale = 1.0 / std::sqrt(double(args.D));
-  if (arguments[10] != Py_None && !number(arguments[10], scale)) return nullptr;
-  args.scale = float(scale);
-  if (!ready()) return nullptr;
+  Dropout drop;
+  bool differentiated = false;
 
-  const bool wants_lse = arguments[11] == Py_True;
+  bool packed() const { return q_offsets.given(); }
+};
+constexpr int kCallArguments = 13;
+
+// (q, k, v, keep, bias, causal, window, k_lengths, q_offsets, k_offsets, scale, dropout_p, seed): as
+// attention_with_lse has them. What `args` holds afterwards is what all directions share, but for the scratch memory.
+bool parse(PyObject* const* arguments, Call& call, Attention& args) {
+  bool* wanted = &call.differentiated;
+  if (!view(arguments[0], call.q, wanted) || !view(arguments[1], call.k, wanted) ||
+      !view(arguments[2], call.v, wanted) || !view_or_absent(arguments[3], call.keep) ||
+      !view_or_absent(arguments[4], call.bias, wanted) || !view_or_absent(arguments[7], call.k_lengths) ||
+      !view_or_absent(arguments[8], call.q_offsets) || !view_or_absent(arguments[9], call.k_offsets) ||
+      !dropout(arguments[11], arguments[12], call.drop))
+    return false;
+  const auto& [q, k, v, keep, bias, k_lengths, q_offsets, k_offsets, drop, differentiated] = call;
+  if (!together({&q, &k, &v, &keep, &bias, &k_lengths, &q_offsets, &k_offsets, &drop.seed})) return false;
+  // on CUDA a mask's bits want memory, and the longest sequence of a packed batch is not known to the host
+  if (!q.on_cpu() && (keep.given() || q_offsets.given() || hopper == Hopper::unknown)) return false;
+  if (!sizes(q, k, v, q_offsets, k_offsets, args)) return false;
+  if (!q.on_cpu() && !fits(device_of(q), args)) return false;
+  // masks of packed batches may be larger than the longest sequence
+  if (call.packed() && (keep.given() || bias.given())) return false;
+  if (keep.given() && (keep.element != Element::boolean || !scores(keep, args, args.keep))) return false;
+  // of the imaginary part of a conjugate, the one tensor whose sign is not in its memory, no stride is 1
+  if (bias.given() && (!bias.floating() || bias.ndim == 0 || bias.stride[bias.ndim - 1] != 1)) return false;
+  if (bias.given() && !scores(bias, args, args.bias)) return false;
+  if (bias.given()) args.bias_dtype = bias.dtype();
+  if (!causal(arguments[5], args.causal) || !window(arguments[6], args)) return false;
+  if (k_lengths.given() && !lengths(k_lengths, args.B, args.S, args.k_lengths)) return false;
+  double scale = 1.0 / std::sqrt(double(args.D));
+  if (arguments[10] != Py_None && !number(arguments[10], scale)) return false;
+  args.scale = float(scale);
+  args.dropout_p = float(drop.p), args.dropout_threshold = drop.threshold(), args.dropout_scale = drop.scale();
+  if (drop.data() != nullptr && q.on_cpu()) args.seed = uint64_t(*drop.data());
+  if (!q.on_cpu()) args.seed_data = reinterpret_cast<const uint64_t*>(drop.data());
+  return true;
+}
+
+Rows statistics(const Attention& args, bool packed, float* data, int64_t each = 1) {  // (B, H, L), or packed (T, H)
+  if (packed) return {data, 0, each, args.H * each};
+  return {data, args.H * args.L * each, args.L * each, each};
+}
+
+// (..., wants_lse), after what `parse` takes. Returns out, or (out, lse), which is what the backward pass asks for too.
+PyObject* attention(PyObject* const* arguments) {
+  Call call;
+  AttentionForward args;
+  if (!parse(arguments, call, args) || !ready() || !autocast_keeps(arguments[0])) return nullptr;
+  if (call.differentiated) return Py_NewRef(Py_True);
+  if (call.drop.p > 0.0 && !call.drop.seed.given()) return nullptr;
+
+  const View& q = call.q;
+  const bool wants_lse = arguments[kCallArguments] == Py_True;
   Output out = empty_like(arguments[0], false);
-  Output lse = wants_lse ? empty(arguments[0], q.shape, q.ndim - 1, Element::f32) : Output{Ref(nullptr), View{}};
+  const Output lse = wants_lse ? empty(arguments[0], q.shape, q.ndim - 1, Element::f32) : no_output();
   if (!out.view.dense_last()) return nullptr;  // q overlaps itself
   args.out = rows(out.view);
-  const int64_t statistics = wants_lse ? 0 : q.count() / args.D;
+  const int64_t unkept = wants_lse ? 0 : q.count() / args.D;
   const int64_t floats = q.on_cpu() ? cpu::forward_scratch(args.D) * omp_get_max_threads() : 0;
-  const bool works = floats + statistics > 0;
-  const Output working = works ? working_memory(q, arguments[0], floats + statistics) : Output{Ref(nullptr), View{}};
+  const Output working = floats + unkept > 0 ? working_memory(q, arguments[0], floats + unkept) : no_output();
   args.scratch = static_cast<float*>(working.view.data);
-  const bool packed = q_offsets.given();
-  float* logarithms = wants_lse ? static_cast<float*>(lse.view.data) : args.scratch + floats;
-  args.lse = packed ? Rows{logarithms, 0, 1, args.H} : Rows{logarithms, args.H * args.L, args.L, 1};
+  args.lse = statistics(args, call.packed(), wants_lse ? static_cast<float*>(lse.view.data) : args.scratch + floats);
   if (q.on_cpu()) {
     const Released released;
     cpu::attention_forward(args);
   } else {
     forward_on_cuda(q, args);
   }
-  if (!wants_lse) return out.tensor.release();
-  return pair(out, lse);
+  return wants_lse ? tuple({out.tensor.get(), lse.tensor.get()}) : out.tensor.release();
+}
+
+void backward_on_cuda(const View& q, AttentionBackward& args) {
+#ifdef FUSED_WITH_CUDA
+  void* stream = current_stream(q);
+  args.multiprocessors = device_of(q).multiprocessors;
+  const Released released;
+  cuda::attention_backward(args, stream);
+#else
+  (void)q, (void)args;
+#endif
+}
+
+// (..., dout, out, lse), after what `parse` takes. Returns (dq, dk, dv). A bias has no gradient here; and on a CPU the
+// kernel sums dk and dv in float32 and in whole vectors, so that other k and v go the long way.
+PyObject* backward(PyObject* const* arguments) {
+  Call call;
+  AttentionBackward args;
+  View dout, out, lse;
+  PyObject* const* saved = arguments + kCallArguments;
+  if (!parse(arguments, call, args) || !view(saved[0], dout) || !view(saved[1], out) || !view(saved[2], lse))
+    return nullptr;
+  const View& q = call.q;
+  if (!dout.like(q) || !dout.dense_last() || !together({&q, &dout, &out, &lse})) return nullptr;
+  if (q.on_cpu() && (args.dtype != DType::f32 || args.D % 16 != 0)) return nullptr;
+  if (call.drop.p > 0.0 && !call.drop.seed.given()) return nullptr;
+  if (!ready_for_backward()) return nullptr;
+
+  const Output dq = empty_like(arguments[0], false), dk = empty_like(arguments[1], false);
+  const Output dv = empty_like(arguments[2], false);
+  if (!dq.view.dense_last() || !dk.view.dense_last() || !dv.view.dense_last()) return nullptr;
+  args.dq = rows(dq.view), args.dk = rows(dk.view), args.dv = rows(dv.view);
+  args.out = rows(out), args.dout = rows(dout);
+  args.lse = statistics(args, call.packed(), static_cast<float*>(lse.data));
+  const int64_t floats = q.on_cpu() ? cpu::backward_scratch(args.D) * omp_get_max_threads() : 2 * (q.count() / args.D);
+  const Output working = working_memory(q, arguments[0], floats);
+  args.scratch = static_cast<float*>(working.view.data);
+  if (q.on_cpu()) {
+    const Released released;
+    cpu::attention_backward(args);
+  } else {
+    args.statistics = statistics(args, false, args.scratch, 2);
+    backward_on_cuda(q, args);
+  }
+  return tuple({dq.tensor.get(), dk.tensor.get(), dv.tensor.get()});
 }
 
 }  // namespace
 
 void add_attention(PyObject* module) {
-  add(module, "attention_direct", &attention, 12);
+  add(module, "attention_direct", &attention, kCallArguments + 1);
+  add(module, "attention_backward_direct", &backward, kCallArguments + 3);
   add(module, "attention_direct_hopper", &use_hopper, 1);
 }
 

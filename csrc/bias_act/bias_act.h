@@ -11,6 +11,7 @@
 // dense. Storage is `dtype`; bias is `bias_dtype`, which is dtype or f32. All arithmetic is float32, rounded once.
 // Dropout: common/row_dropout.h, row = 0 ... M - 1, col = 0 ... N - 1; what it drops is 0 whatever it was.
 
+#include <algorithm>
 #include <cstdint>
 
 #include "../common/dtype.h"
@@ -63,6 +64,16 @@ void bias_act_backward(const BiasActBackward& args);
 }  // namespace cpu
 
 namespace cuda {
+// Into how many groups rows are cut: the sums are taken by about as many blocks as run at once, with 128 threads of up
+// to 96 registers. Each group of rows costs N floats of traffic, written and read again, so a group has some rows.
+inline int64_t bias_act_backward_parts(int64_t M, int64_t N, int64_t bytes, int64_t multiprocessors) {
+  constexpr int64_t kBlocksPerMultiprocessor = 5, kFewestRows = 8;
+  constexpr int64_t kStripBytes = 2048;  // of the columns of a block: 128 threads, 16 bytes each
+  const int64_t strips = (N * bytes + kStripBytes - 1) / kStripBytes;
+  const int64_t at_once = kBlocksPerMultiprocessor * multiprocessors;
+  return std::max<int64_t>(1, std::min((M + kFewestRows - 1) / kFewestRows, at_once / strips));
+}
+
 void bias_act_forward(const BiasActForward& args, void* stream);
 void bias_act_backward(const BiasActBackward& args, void* stream);
 }  // namespace cuda

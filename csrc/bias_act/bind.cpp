@@ -58,6 +58,7 @@ void register_bias_act(py::module_& m) {
 #ifdef FUSED_WITH_CUDA
   m.def("bias_act_forward_cuda", on_cuda(&forward_args, &cuda::bias_act_forward), release());
   m.def("bias_act_backward_cuda", on_cuda(&backward_args, &cuda::bias_act_backward), release());
+  m.def("bias_act_backward_parts_cuda", &cuda::bias_act_backward_parts);
 #endif
 }
 

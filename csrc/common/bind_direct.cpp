@@ -1,5 +1,6 @@
 #include "bind_direct.h"
 
+#include <algorithm>
 #include <cstdlib>
 #include <memory>
 #include <stdexcept>
@@ -36,6 +37,7 @@ struct Torch {
   const Exchange* exchange = nullptr;
   PyObject *tensor, *parameter, *device;  // classes, and torch.device("cpu")
   PyObject *modes, *transforms, *tracing, *autocast, *grad_enabled;
+  PyObject* autocast_lowers;        // of a tensor: whether autocast takes it in another dtype in products
   PyObject* forced;                 // a ContextVar
   PyObject *dispatch, *forward_ad;  // the dictionaries of two modules
   PyObject* empty_like;
@@ -49,7 +51,7 @@ constexpr int kMostDevices = 64;
 Device devices[kMostDevices];
 
 struct {
-  PyObject *memory_format, *dtype, *requires_grad, *new_empty, *sum, *observer, *level;
+  PyObject *memory_format, *dtype, *requires_grad, *new_empty, *sum, *contiguous, *observer, *level;
   PyObject *with_format, *with_dtype;  // tuples of keywords
 } names;
 
@@ -142,9 +144,10 @@ PyObject* guarded(PyObject* self, PyObject* const* arguments, Py_ssize_t count) 
 PyObject* connect(PyObject*, PyObject* arguments) {
   PyObject* table;
   Torch t;
-  if (!PyArg_ParseTuple(arguments, "OOOOOOOOOOOOOOOOOO", &table, &t.tensor, &t.parameter, &t.device, &t.modes,
-                        &t.transforms, &t.tracing, &t.autocast, &t.grad_enabled, &t.forced, &t.dispatch, &t.forward_ad,
-                        &t.empty_like, &t.contiguous_format, &t.float32, &t.int64, &t.raw_stream, &t.current_device))
+  if (!PyArg_ParseTuple(arguments, "OOOOOOOOOOOOOOOOOOO", &table, &t.tensor, &t.parameter, &t.device, &t.modes,
+                        &t.transforms, &t.tracing, &t.autocast, &t.grad_enabled, &t.autocast_lowers, &t.forced,
+                        &t.dispatch, &t.forward_ad, &t.empty_like, &t.contiguous_format, &t.float32, &t.int64,
+                        &t.raw_stream, &t.current_device))
     return nullptr;
   constexpr const char* name = "dlpack_exchange_api";
   if (!PyCapsule_IsValid(table, name)) Py_RETURN_FALSE;
@@ -156,6 +159,7 @@ PyObject* connect(PyObject*, PyObject* arguments) {
   names.requires_grad = PyUnicode_InternFromString("requires_grad");
   names.new_empty = PyUnicode_InternFromString("new_empty");
   names.sum = PyUnicode_InternFromString("sum");
+  names.contiguous = PyUnicode_InternFromString("contiguous");
   names.observer = PyUnicode_InternFromString("_observer");
   names.level = PyUnicode_InternFromString("_current_level");
   names.with_format = PyTuple_Pack(1, names.memory_format);
@@ -203,7 +207,7 @@ PyObject* described(PyObject* const* arguments) {
   return all;
 }
 
-PyObject* is_ready(PyObject* const*) { return ready() ? Py_NewRef(Py_True) : nullptr; }
+PyObject* is_ready(PyObject* const*) { return no_autocast() && ready() ? Py_NewRef(Py_True) : nullptr; }
 
 void add_object(PyObject* module, const char* name, PyObject* function) {
   if (function == nullptr || PyModule_AddObject(module, name, function) != 0) throw PythonError{};
@@ -233,8 +237,30 @@ bool View::same_shape(const View& other) const {
   return true;
 }
 
+namespace {
+
+bool traced() { return truth(torch.modes) || truth(torch.transforms) || truth(torch.tracing); }
+
+bool in_forward_mode() {
+  PyObject* level = PyDict_GetItemWithError(torch.forward_ad, names.level);  // -1 outside of forward-mode derivatives
+  return level == nullptr || PyLong_AsLong(level) >= 0;
+}
+
+}  // namespace
+
+bool ready_for_backward() { return !traced() && !in_forward_mode(); }
+
+bool no_autocast() { return !truth(torch.autocast); }
+
+bool autocast_keeps(PyObject* tensor) {
+  if (no_autocast()) return true;
+  const Ref lowers(PyObject_CallOneArg(torch.autocast_lowers, tensor));
+  if (lowers.get() == nullptr) throw PythonError{};
+  return lowers.get() == Py_False;
+}
+
 bool ready() {
-  if (truth(torch.modes) || truth(torch.transforms) || truth(torch.tracing) || truth(torch.autocast)) return false;
+  if (traced()) return false;
   PyObject* forced = nullptr;
   if (PyContextVar_Get(torch.forced, nullptr, &forced) != 0) {
     PyErr_Clear();
@@ -242,23 +268,46 @@ bool ready() {
   }
   const Ref held(forced);
   if (forced != nullptr && forced != Py_None) return false;
-  if (PyDict_GetItemWithError(torch.dispatch, names.observer) != Py_None) return false;
-  PyObject* level = PyDict_GetItemWithError(torch.forward_ad, names.level);  // -1 outside of forward-mode derivatives
-  return level != nullptr && PyLong_AsLong(level) < 0;
+  return PyDict_GetItemWithError(torch.dispatch, names.observer) == Py_None && !in_forward_mode();
 }
 
-bool view(PyObject* tensor, View& out) {
+bool view(PyObject* tensor, View& out, bool* wanted) {
   PyObject* type = reinterpret_cast<PyObject*>(Py_TYPE(tensor));
   if (type != torch.tensor && type != torch.parameter) return false;
   if (!memory_of(tensor, out)) return false;
   if (out.element > Element::bf16) return true;  // no gradient
   if (!truth(torch.grad_enabled)) return true;
-  const Ref wanted(PyObject_GetAttr(tensor, names.requires_grad));
-  if (wanted.get() == nullptr) throw PythonError{};  // a Ctrl-C, say
-  return wanted.get() == Py_False;
+  const Ref required(PyObject_GetAttr(tensor, names.requires_grad));
+  if (required.get() == nullptr) throw PythonError{};  // a Ctrl-C, say
+  if (required.get() == Py_False) return true;
+  if (wanted != nullptr) *wanted = true;
+  return wanted != nullptr;
 }
 
-bool view_or_absent(PyObject* tensor, View& out) { return tensor == Py_None || view(tensor, out); }
+bool view_or_absent(PyObject* tensor, View& out, bool* wanted) {
+  return tensor == Py_None || view(tensor, out, wanted);
+}
+
+bool dense_view(PyObject* tensor, View& out, Ref& held) {
+  if (!view(tensor, out)) return false;
+  if (out.contiguous()) return true;
+  PyObject* arguments[2] = {nullptr, tensor};
+  constexpr size_t one = 1 | PY_VECTORCALL_ARGUMENTS_OFFSET;
+  held = Ref(PyObject_VectorcallMethod(names.contiguous, arguments + 1, one, nullptr));
+  if (held.get() == nullptr) throw PythonError{};
+  return view(held.get(), out);
+}
+
+bool dropout(PyObject* p, PyObject* seed, Dropout& out) {
+  if (!number(p, out.p) || !(out.p >= 0.0 && out.p <= 1.0) || !view_or_absent(seed, out.seed)) return false;
+  return !out.seed.given() || (out.seed.element == Element::i64 && out.seed.count() == 1);
+}
+
+uint32_t Dropout::threshold() const {
+  return p > 0.0 ? uint32_t(std::min<uint64_t>(uint64_t(p * 4294967296.0), 4294967295u)) : 0;
+}
+
+float Dropout::scale() const { return p >= 1.0 ? 0.0f : float(1.0 / (1.0 - p)); }
 
 bool together(std::initializer_list<const View*> views) {
   const int device = (*views.begin())->device;
@@ -272,9 +321,9 @@ bool together(std::initializer_list<const View*> views) {
   return current == device;
 }
 
-Output working_memory(const View& x, PyObject* like, int64_t floats) {
-  if (!x.on_cpu()) return empty(like, &floats, 1, Element::f32);
-  Output memory{Ref(nullptr), View{}};
+Output working_memory(const View& x, PyObject* like, int64_t floats, int64_t most_kept) {
+  if (!x.on_cpu() || floats > most_kept) return empty(like, &floats, 1, Element::f32);
+  Output memory = no_output();
   memory.view.data = scratch(floats);
   return memory;
 }
@@ -311,6 +360,8 @@ bool integer(PyObject* object, int64_t& out) {
   return false;
 }
 
+Output given(PyObject* tensor) { return taken(Py_NewRef(tensor)); }
+
 Output empty_like(PyObject* tensor, bool contiguous) {
   PyObject* arguments[3] = {nullptr, tensor, torch.contiguous_format};
   constexpr size_t one = 1 | PY_VECTORCALL_ARGUMENTS_OFFSET;
@@ -332,10 +383,12 @@ Output sum(PyObject* tensor) {
   return taken(PyObject_VectorcallMethod(names.sum, arguments + 1, one, nullptr));
 }
 
-PyObject* pair(const Output& first, const Output& second) {
-  PyObject* both = PyTuple_Pack(2, first.tensor.get(), second.tensor.get());
-  if (both == nullptr) throw PythonError{};
-  return both;
+PyObject* tuple(std::initializer_list<PyObject*> items) {
+  PyObject* all = PyTuple_New(Py_ssize_t(items.size()));
+  if (all == nullptr) throw PythonError{};
+  Py_ssize_t i = 0;
+  for (PyObject* item : items) PyTuple_SET_ITEM(all, i++, Py_NewRef(item == nullptr ? Py_None : item));
+  return all;
 }
 
 float* scratch(int64_t floats) {

@@ -2,11 +2,13 @@
 // Calls that go from Python's tensors straight to a kernel.
 //
 // One row of layer norm is 0.1 us of work, and the checks, choices and allocations around it are 8 us in Python. A
-// direct call does them here, 1 to 4 us in all, for the usual case: tensors that nobody differentiates or traces, in
-// shapes and dtypes that the kernel takes as they lie, on the CPU or on the current CUDA device. In any other case it
-// returns None, and the caller goes the long way round as if nothing had been tried: that knows all cases and says what
-// is wrong with an argument. So there is one source of errors, and a direct call may refuse whatever would be tedious
-// to look at here.
+// direct call does them here, 1 to 4 us in all, for the usual case: tensors that nobody traces, in shapes and dtypes
+// that the kernel takes as they lie, on the CPU or on the current CUDA device. In any other case it returns None, and
+// the caller goes the long way round as if nothing had been tried: that knows all cases and says what is wrong with an
+// argument. So there is one source of errors, and a direct call may refuse whatever would be tedious to look at here.
+//
+// Where a gradient is wanted it returns True: autograd must see the call, and the op's autograd.Function makes it
+// again, now keeping what the backward pass will ask for. That pass is a direct call as well (<op>_backward_direct).
 //
 // Tensors are read through the table of C functions that torch exports for this (DLPack's exchange API, torch 2.10 and
 // later): a few tens of ns for a tensor, no header and no library of torch's. Without it no call is direct.
@@ -15,6 +17,7 @@
 
 #include <cstdint>
 #include <initializer_list>
+#include <utility>
 
 #include "dtype.h"
 
@@ -43,17 +46,24 @@ struct View {
   bool dense_last() const { return last() <= 1 || stride[ndim - 1] == 1; }
   bool is_vector(int64_t size) const { return ndim == 1 && shape[0] == size && dense_last(); }
   bool same_shape(const View& other) const;
+  bool like(const View& other) const { return element == other.element && same_shape(other); }
   DType dtype() const { return static_cast<DType>(element); }  // if floating
 };
 
 // Whether calls may be direct here and now: nothing traces, transforms, observes or forces a backend.
 bool ready();
+bool ready_for_backward();  // whose backend is that of the forward pass
+
+// Whether torch.autocast would leave a product's tensor as it is; and whether there is no autocast.
+bool autocast_keeps(PyObject* tensor);
+bool no_autocast();
 
 // The tensor's memory in `out`; false if it is no plain tensor on the CPU or on a CUDA device that `add_device` was
 // told of, or a gradient with respect to it is wanted. May run Python (a torch function mode sees that requires_grad is
 // asked for), so what is only borrowed must be held first. `or_absent`: None is fine too, and leaves `out` as it was.
-bool view(PyObject* tensor, View& out);
-bool view_or_absent(PyObject* tensor, View& out);
+// `wanted`: a gradient may be wanted, and that is said there.
+bool view(PyObject* tensor, View& out, bool* wanted = nullptr);
+bool view_or_absent(PyObject* tensor, View& out, bool* wanted = nullptr);
 
 // Whether all that are given are where the first is; and if that is a CUDA device, whether it is the current one.
 bool together(std::initializer_list<const View*> views);
@@ -67,6 +77,10 @@ class Ref {
  public:
   explicit Ref(PyObject* object) : object_(object) {}
   Ref(Ref&& other) noexcept : object_(other.release()) {}
+  Ref& operator=(Ref&& other) noexcept {
+    std::swap(object_, other.object_);
+    return *this;
+  }
   Ref(const Ref&) = delete;
   Ref& operator=(const Ref&) = delete;
   ~Ref() { Py_XDECREF(object_); }
@@ -89,17 +103,34 @@ struct Output {
   Ref tensor;
   View view;
 };
-Output empty_like(PyObject* tensor, bool contiguous);       // else with its strides, as torch.empty_like
-PyObject* pair(const Output& first, const Output& second);  // a tuple of both
-Output sum(PyObject* tensor);                               // torch's own, whose rounding the long way has too
+inline Output no_output() { return {Ref(nullptr), View{}}; }
+Output given(PyObject* tensor);                           // what an argument is, to be written into
+Output empty_like(PyObject* tensor, bool contiguous);     // else with its strides, as torch.empty_like
+PyObject* tuple(std::initializer_list<PyObject*> items);  // of borrowed references; nullptr stands for None
+Output sum(PyObject* tensor);                             // torch's own, whose rounding the long way has too
 Output empty(PyObject* like, const int64_t* shape, int ndim,
              Element element);  // f32 or i64; other: the dtype of `like`
+
+// A tensor that came from autograd, as rows that lie dense: itself, or a copy in `held`. False as view().
+bool dense_view(PyObject* tensor, View& out, Ref& held);
+
+// What a dropout probability and a seed, or None, mean to a kernel.
+struct Dropout {
+  double p = 0.0;
+  View seed;  // given where p > 0, except in a forward pass that will be made again with one
+  const int64_t* data() const { return p > 0.0 ? static_cast<const int64_t*>(seed.data) : nullptr; }
+  uint32_t threshold() const;  // see kernels/_philox.py
+  float scale() const;
+};
+bool dropout(PyObject* p, PyObject* seed, Dropout& out);
 
 // Working memory of the calling thread on the CPU, kept for its next call. 64-byte aligned.
 float* scratch(int64_t floats);
 
-// Working memory where x is, in `view`: on the CPU scratch(floats), on CUDA a tensor made by `like`, which is x's.
-Output working_memory(const View& x, PyObject* like, int64_t floats);
+// Working memory where x is, in `view`: on the CPU scratch(floats), or where that is more than a thread should keep,
+// and on CUDA, a tensor made by `like`, which is x's.
+Output working_memory(const View& x, PyObject* like, int64_t floats, int64_t most_kept = INT64_MAX);
+constexpr int64_t kFewFloats = int64_t(1) << 20;  // 4 MB
 
 // The interpreter runs on while a kernel does.
 class Released {

@@ -22,14 +22,21 @@ Ref positions(PyObject* layout, PyObject* tables, const View& table, int64_t row
   return held;
 }
 
-// (tokens, table, layout or None, tables, scale, start, padding_idx): as kernels/embedding has them.
+bool is_tokens(const View& x) {
+  return (x.element == Element::i32 || x.element == Element::i64) && x.ndim >= 1 && x.count() > 0 && x.contiguous();
+}
+
+// (tokens, table, layout or None, tables, scale, start, padding_idx, dropout_p, seed): as kernels/embedding has them.
 PyObject* embedding(PyObject* const* arguments) {
   View tokens, table, rows;
+  Dropout drop;
+  bool differentiated = false;
   EmbeddingForward args{};
-  if (!view(arguments[0], tokens) || !view(arguments[1], table) || !integer(arguments[5], args.start)) return nullptr;
-  if (!together({&table, &tokens})) return nullptr;
-  if ((tokens.element != Element::i32 && tokens.element != Element::i64) || tokens.ndim < 1 || tokens.count() == 0 ||
-      !tokens.contiguous() || !table.floating() || table.ndim != 2 || table.count() == 0 || !table.dense_last())
+  if (!view(arguments[0], tokens) || !view(arguments[1], table, &differentiated) ||
+      !integer(arguments[5], args.start) || !dropout(arguments[7], arguments[8], drop))
+    return nullptr;
+  if (!together({&table, &tokens, &drop.seed})) return nullptr;
+  if (!is_tokens(tokens) || !table.floating() || table.ndim != 2 || table.count() == 0 || !table.dense_last())
     return nullptr;
   args.N = tokens.count(), args.L = tokens.last(), args.V = table.shape[0], args.E = table.shape[1];
   double scale = std::sqrt(double(args.E));
@@ -46,6 +53,8 @@ PyObject* embedding(PyObject* const* arguments) {
   const Ref held = placed ? positions(arguments[2], arguments[3], table, args.start + args.L, rows) : Ref(nullptr);
   if (placed ? held.get() == nullptr : args.start != 0) return nullptr;
   if (!ready()) return nullptr;
+  if (differentiated) return Py_NewRef(Py_True);
+  if (drop.p > 0.0 && !drop.seed.given()) return nullptr;
 
   std::vector<int64_t> shape(tokens.shape, tokens.shape + tokens.ndim);
   shape.push_back(args.E);
@@ -54,15 +63,53 @@ PyObject* embedding(PyObject* const* arguments) {
   args.tokens = tokens.data, args.table = table.data, args.table_stride = table.stride[0];
   args.positions = static_cast<const float*>(rows.data);
   args.out = out.view.data, args.first_bad = &first_bad;
-  args.dropout = {nullptr, 0, 1.0f};
+  args.dropout = {drop.data(), drop.threshold(), drop.scale()};
   args.wide_tokens = tokens.element == Element::i64;
   args.dtype = table.dtype();
   run(table, args, &cpu::embedding_forward, FT_CUDA_KERNEL(embedding_forward));
   return first_bad < 0 ? out.tensor.release() : nullptr;  // the long way says which token is outside the vocabulary
 }
 
+// (dout, tokens, vocabulary, scale, padding_idx, dropout_p, seed): tokens have been in the vocabulary in the forward
+// pass. Returns dtable. Not on CUDA, where tokens must be sorted first.
+PyObject* backward(PyObject* const* arguments) {
+  View dout, tokens;
+  Dropout drop;
+  Ref held(nullptr);
+  EmbeddingBackward args{};
+  double scale;
+  if (!dense_view(arguments[0], dout, held) || !view(arguments[1], tokens) || !integer(arguments[2], args.V) ||
+      !number(arguments[3], scale) || !dropout(arguments[5], arguments[6], drop))
+    return nullptr;
+  args.padding_idx = -1;
+  if (arguments[4] != Py_None && !integer(arguments[4], args.padding_idx)) return nullptr;
+  if (!dout.on_cpu() || !together({&dout, &tokens, &drop.seed}) || !dout.floating() || !is_tokens(tokens) ||
+      dout.ndim != tokens.ndim + 1 || dout.count(tokens.ndim) != tokens.count() || !ready_for_backward())
+    return nullptr;
+
+  args.N = tokens.count(), args.E = dout.last();
+  const int64_t shape[2] = {args.V, args.E}, numbers = args.N + args.V + 1;
+  Output dtable = empty(arguments[0], shape, 2, Element::other);
+  const Output order = working_memory(dout, arguments[0], 2 * numbers, kFewFloats);
+  args.dout = dout.data, args.dout_stride = args.E, args.tokens = tokens.data;
+  args.order = static_cast<int64_t*>(order.view.data), args.ends = args.order + args.N;
+  args.dtable = dtable.view.data;
+  args.scale = float(scale);
+  args.dropout = {drop.data(), drop.threshold(), drop.scale()};
+  args.wide_tokens = tokens.element == Element::i64;
+  args.dtype = dout.dtype();
+  {
+    const Released released;
+    cpu::embedding_backward(args);
+  }
+  return dtable.tensor.release();
+}
+
 }  // namespace
 
-void add_embedding(PyObject* module) { add(module, "embedding_direct", &embedding, 7); }
+void add_embedding(PyObject* module) {
+  add(module, "embedding_direct", &embedding, 9);
+  add(module, "embedding_backward_direct", &backward, 7);
+}
 
 }  // namespace fused::direct

@@ -62,6 +62,7 @@ void register_layer_norm(py::module_& m) {
 #ifdef FUSED_WITH_CUDA
   m.def("layer_norm_forward_cuda", on_cuda(&forward_args, &cuda::layer_norm_forward), release());
   m.def("layer_norm_backward_cuda", on_cuda(&backward_args, &cuda::layer_norm_backward), release());
+  m.def("layer_norm_backward_parts_cuda", &cuda::layer_norm_backward_parts);
 #endif
 }
 

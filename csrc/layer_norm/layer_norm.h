@@ -12,6 +12,7 @@
 // is returned, and backward, which reads it, differentiates what forward did. Dropout: common/philox.h with
 // outer = 0, row = 0 ... M - 1, col = 0 ... N - 1.
 
+#include <algorithm>
 #include <cstdint>
 
 #include "../common/dtype.h"
@@ -73,6 +74,16 @@ struct LayerNormBackward {
   bool rms;
   DType dtype, param_dtype;
 };
+
+namespace cuda {
+// Into how many groups rows are cut: the sums are taken by at most as many blocks as run at once: each costs N floats
+// of traffic a sum, written and read again. Up to kWarpColumns columns a block takes a row a warp (backward.cu).
+inline int64_t layer_norm_backward_parts(int64_t M, int64_t N, int64_t multiprocessors) {
+  constexpr int64_t kBlocksPerMultiprocessor = 2, kWarpColumns = 1024, kWarpRows = 8;
+  const int64_t rows = N <= kWarpColumns ? kWarpRows : 1;
+  return std::max<int64_t>(1, std::min((M + rows - 1) / rows, kBlocksPerMultiprocessor * multiprocessors));
+}
+}  // namespace cuda
 
 // std::invalid_argument unless the arguments keep to the contract; every launcher calls it first.
 void check(const LayerNormForward& args);

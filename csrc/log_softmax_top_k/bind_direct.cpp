@@ -41,7 +41,7 @@ PyObject* log_softmax_top_k(PyObject* const* arguments) {
   args.sums = static_cast<float*>(working.view.data);
   args.kept = reinterpret_cast<int32_t*>(args.sums + 2 * rows);
   run(logits, args, &cpu::log_softmax_top_k, FT_CUDA_KERNEL(log_softmax_top_k));
-  return pair(values, places);
+  return tuple({values.tensor.get(), places.tensor.get()});
 }
 
 }  // namespace

@@ -8,19 +8,18 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from fused_transformer.kernels import _direct
 from fused_transformer.kernels._autocast import lowered
 from fused_transformer.kernels._autograd import once_differentiable
 from fused_transformer.kernels._checks import dense_last, require_dropout
 from fused_transformer.kernels._compile import routed
 from fused_transformer.kernels._dispatch import Op, undisturbed
 from fused_transformer.kernels._philox import new_seed
-from fused_transformer.kernels.attention import compiled, together
+from fused_transformer.kernels.attention import compiled, direct, together
 from fused_transformer.kernels.attention.checks import check_statistics, check_tensors
 from fused_transformer.kernels.attention.mask import Causal, Mask, make_mask
 
 op = Op(__name__, order=("cuda", "triton", "cpu", "reference"))
-_direct_call = _direct.call("attention_direct")
+_direct_call = direct.forward
 
 
 class _Attention(torch.autograd.Function):
@@ -123,9 +122,11 @@ def attention(
         on every run, whatever else is in the batch.
     Source: Vaswani et al. 2017, eq. 1; online softmax after Milakov and Gimelshein 2018, arXiv:1805.02867.
     """
-    if seed is None and dropout_p == 0.0 and not torch.compiler.is_compiling():
-        masks = (keep, bias, causal, window, k_lengths, q_offsets, k_offsets)
-        out = _direct_call(q, k, v, *masks, scale, False)
+    if not torch.compiler.is_compiling():
+        arguments = (q, k, v, keep, bias, causal, window, k_lengths, q_offsets, k_offsets, scale, dropout_p, seed)
+        out = _direct_call(*arguments, False)
+        if out is True:
+            return direct.differentiated(*arguments)[0]
         if out is not None:
             return out
     return attention_with_lse(
@@ -171,8 +172,10 @@ def attention_with_lse(
             `attention_weights` takes it.
     """
     masks = (keep, bias, causal, window, k_lengths, q_offsets, k_offsets)
-    if seed is None and dropout_p == 0.0 and not torch.compiler.is_compiling():
-        both = _direct_call(q, k, v, *masks, scale, True)
+    if not torch.compiler.is_compiling():
+        both = _direct_call(q, k, v, *masks, scale, dropout_p, seed, True)
+        if both is True:
+            return direct.differentiated(q, k, v, *masks, scale, dropout_p, seed)
         if both is not None:
             return both
     if routed(q):

@@ -12,7 +12,7 @@ from fused_transformer.kernels._checks import require_dropout
 from fused_transformer.kernels._compile import routed
 from fused_transformer.kernels._dispatch import Op, forced_backend
 from fused_transformer.kernels._native import DTYPES, available
-from fused_transformer.kernels._philox import new_seed
+from fused_transformer.kernels._philox import seed_for
 from fused_transformer.kernels.bias_act import compiled
 from fused_transformer.kernels.bias_act.checks import ACTIVATIONS, check
 
@@ -20,6 +20,7 @@ __all__ = ["ACTIVATIONS", "bias_act", "has_kernel", "op"]
 
 op = Op(__name__, order=("cuda", "triton", "cpu", "reference"))
 _direct_call = _direct.call("bias_act_direct")
+_direct_backward = _direct.call("bias_act_backward_direct")
 
 
 class _BiasAct(torch.autograd.Function):
@@ -29,8 +30,11 @@ class _BiasAct(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, bias, seed, activation, dropout_p):
-        backend = op.pick(x, bias, seed, activation, dropout_p)
-        y = backend.forward(x, bias, seed, activation, dropout_p)
+        arguments = (x, bias, seed, activation, dropout_p)
+        backend, y = None, _direct_call(*arguments)
+        if y is None:
+            backend = op.pick(*arguments)
+            y = backend.forward(*arguments)
         ctx.save_for_backward(*((y, None, None) if activation == "relu" else (x, bias, seed)))
         ctx.backend, ctx.activation, ctx.dropout_p = backend, activation, dropout_p
         ctx.bias_dtype = None if bias is None else bias.dtype
@@ -39,8 +43,13 @@ class _BiasAct(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        wanted = ctx.needs_input_grad[:2]
-        dx, dbias = ctx.backend.backward(dy, *ctx.saved_tensors, ctx.activation, ctx.dropout_p, *wanted)
+        saved, bias, seed = ctx.saved_tensors
+        arguments, wanted = (dy, saved, bias, seed, ctx.activation, ctx.dropout_p), ctx.needs_input_grad[:2]
+        gradients = _direct_backward(*arguments, wanted) if ctx.backend is None else None
+        if gradients is None:
+            backend = op.on(saved) if ctx.backend is None else ctx.backend
+            gradients = backend.backward(*arguments, *wanted)
+        dx, dbias = gradients
         return dx, None if dbias is None else dbias.to(ctx.bias_dtype), None, None, None
 
 
@@ -80,18 +89,17 @@ def bias_act(
     Backward: dx, dbias; the mask is drawn again, not stored; the same bits on every run. Once differentiable.
     Source: Vaswani et al. 2017, eq. 2; Hendrycks and Gimpel 2016, arXiv:1606.08415, eq. 1-2.
     """
-    if seed is None and dropout_p == 0.0 and not torch.compiler.is_compiling():
-        y = _direct_call(x, bias, activation)
+    if not torch.compiler.is_compiling():
+        y = _direct_call(x, bias, seed, activation, dropout_p)
+        if y is True:
+            return _BiasAct.apply(x, bias, seed_for(x, dropout_p, seed), activation, dropout_p)
         if y is not None:
             return y
     if routed(x):
         return compiled.bias_act(x, bias, seed, activation, float(dropout_p))
     check(x, bias, activation)
     require_dropout(dropout_p, seed, x.device)
-    if dropout_p == 0.0:
-        seed = None
-    elif seed is None:
-        seed = new_seed(x.device)
+    seed = seed_for(x, dropout_p, seed)
     arguments = (x, bias, seed, activation, float(dropout_p))
     wants_backward = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
     if wants_backward or forward_ad._current_level >= 0:  # forward-mode AD: autograd must see the call to refuse it

@@ -9,11 +9,6 @@ from fused_transformer.kernels.bias_act import native
 
 _C = library()
 
-# Rows whose gradients are summed one after another before the groups' sums are added up. Cut by the number of rows
-# alone, so that the number of threads can't show in the result.
-ROWS_PER_PART = 32
-FEW_PARTS = 16
-
 
 def refuses(x, *_args) -> str | None:
     return refuses_tensors("cpu", x=x)  # the bias was checked against x
@@ -28,4 +23,4 @@ def backward(*args):
 
 
 def _parts(x: Tensor) -> int:
-    return -(-len(x) // max(1, min(ROWS_PER_PART, len(x) // FEW_PARTS)))
+    return _C.row_parts(len(x))

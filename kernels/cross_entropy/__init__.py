@@ -6,18 +6,17 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from fused_transformer.kernels import _direct
 from fused_transformer.kernels._autograd import once_differentiable
 from fused_transformer.kernels._checks import dense_last, require
 from fused_transformer.kernels._compile import routed
 from fused_transformer.kernels._dispatch import Op
-from fused_transformer.kernels.cross_entropy import compiled
+from fused_transformer.kernels.cross_entropy import compiled, direct
 from fused_transformer.kernels.cross_entropy.checks import check_range, check_reduction, check_tensors, checked_options
 
 __all__ = ["cross_entropy", "has_kernel", "op"]
 
 op = Op(__name__, order=("cuda", "triton", "cpu", "reference"))
-_direct_call = _direct.call("cross_entropy_direct")
+_direct_call = direct.forward
 
 
 class _CrossEntropy(torch.autograd.Function):
@@ -39,8 +38,8 @@ class _CrossEntropy(torch.autograd.Function):
     def backward(ctx, dlosses):
         logits, targets, top, log_sum = ctx.saved_tensors
         dlogits = ctx.backend.backward(dlosses, logits.detach(), targets, top, log_sum, *ctx.rest, ctx.inplace)
-        if ctx.inplace:  # whoever else saved the logits for a backward pass now gets an error, not the gradient
-            torch.autograd.graph.increment_version(logits)
+        if ctx.inplace:
+            direct.overwritten(logits)
         return dlogits, None, None, None, None, None, None
 
 
@@ -98,7 +97,12 @@ def cross_entropy(
     if not torch.compiler.is_compiling():
         # on CUDA the sum over rows is torch's own
         directly = "none" if isinstance(logits, Tensor) and logits.is_cuda else reduction
-        losses = _direct_call(logits, targets, label_smoothing, smoothing, z_loss, ignore_index, directly)
+        options = (label_smoothing, smoothing, z_loss, ignore_index)
+        losses = _direct_call(logits, targets, *options, directly, False)
+        if losses is True:
+            refused = inplace_backward and logits.is_leaf  # the long way says why
+            given = (logits, targets, options, directly, inplace_backward)
+            losses = None if refused else direct.Differentiated.apply(*given)
         if losses is not None and directly == reduction:
             return losses
     else:

@@ -7,13 +7,12 @@ import math
 import torch
 from torch import Tensor
 
-from fused_transformer.kernels import _direct
 from fused_transformer.kernels._autograd import once_differentiable
 from fused_transformer.kernels._checks import dense_last, require_dropout
 from fused_transformer.kernels._compile import routed
 from fused_transformer.kernels._dispatch import Op
-from fused_transformer.kernels._philox import new_seed
-from fused_transformer.kernels.embedding import compiled
+from fused_transformer.kernels._philox import seed_for
+from fused_transformer.kernels.embedding import compiled, direct
 from fused_transformer.kernels.embedding import positions as tables
 from fused_transformer.kernels.embedding.checks import check_tensors
 from fused_transformer.kernels.embedding.positions import Layout, Positions, make_positions, sinusoidal_positions
@@ -21,7 +20,7 @@ from fused_transformer.kernels.embedding.positions import Layout, Positions, mak
 __all__ = ["embedding", "op", "sinusoidal_positions"]
 
 op = Op(__name__, order=("cuda", "triton", "cpu", "reference"))
-_direct_call = _direct.call("embedding_direct")
+_direct_call = direct.forward
 
 
 class _Embedding(torch.autograd.Function):
@@ -87,8 +86,11 @@ def embedding(
         the tokens alone decide: the same bits on every run and with any number of threads.
     Source: Vaswani et al. 2017, sections 3.4 and 3.5.
     """
-    if seed is None and dropout_p == 0.0 and position_ids is None and not torch.compiler.is_compiling():
-        out = _direct_call(tokens, table, positions, tables.TABLES, scale, start, padding_idx)
+    if position_ids is None and not torch.compiler.is_compiling():
+        out = _direct_call(tokens, table, positions, tables.TABLES, scale, start, padding_idx, dropout_p, seed)
+        if out is True:
+            seed = seed_for(table, dropout_p, seed)
+            return direct.Differentiated.apply(table, tokens, positions, scale, start, padding_idx, dropout_p, seed)
         if out is not None:
             return out
     if routed(table):
@@ -96,8 +98,7 @@ def embedding(
     padding_idx = check_tensors(tokens, table, padding_idx)
     chosen = make_positions(tokens, positions, start, position_ids)
     require_dropout(dropout_p, seed, table.device)
-    if dropout_p > 0.0 and seed is None:
-        seed = new_seed(table.device)
+    seed = seed_for(table, dropout_p, seed)
     scale = math.sqrt(table.shape[1]) if scale is None else float(scale)
     rest = (chosen, scale, padding_idx, float(dropout_p), seed)
     table, tokens = dense_last(table), tokens.contiguous()

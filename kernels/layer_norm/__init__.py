@@ -12,12 +12,13 @@ from fused_transformer.kernels._autograd import once_differentiable
 from fused_transformer.kernels._checks import require_dropout
 from fused_transformer.kernels._compile import routed
 from fused_transformer.kernels._dispatch import Op
-from fused_transformer.kernels._philox import new_seed
+from fused_transformer.kernels._philox import seed_for
 from fused_transformer.kernels.layer_norm import compiled
 from fused_transformer.kernels.layer_norm.checks import Wanted, check_eps, check_tensors
 
 op = Op(__name__, order=("cuda", "triton", "cpu", "reference"))
 _direct_call = _direct.call("layer_norm_direct")
+_direct_backward = _direct.call("layer_norm_backward_direct")
 
 
 class _LayerNorm(torch.autograd.Function):
@@ -25,10 +26,15 @@ class _LayerNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, residual, x_bias, weight, bias, seed, eps, dropout_p, rms, wants_total, wants_backward):
-        keep_total = wants_total or wants_backward
-        arguments = (x, residual, x_bias, weight, bias, seed, eps, dropout_p, rms, keep_total, wants_backward)
-        backend = op.pick(*arguments)
-        y, total, mean, rstd = backend.forward(*arguments)
+        arguments = (x, residual, x_bias, weight, bias, seed, eps, dropout_p, rms)
+        kept = _direct_call(*arguments, wants_total, True) if wants_backward else None
+        if kept is None:
+            arguments += (wants_total or wants_backward, wants_backward)
+            backend = op.pick(*arguments)
+            y, total, mean, rstd = backend.forward(*arguments)
+        else:
+            backend = None
+            y, total, mean, rstd = kept
         if wants_backward:
             # without a residual, x_bias and dropout the total is x, and no backend copies it
             ctx.save_for_backward(x if total is None else total, weight, mean, rstd, seed)
@@ -42,15 +48,18 @@ class _LayerNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dy, dtotal=None):
         total, weight, mean, rstd, seed = ctx.saved_tensors
-        wants_dx, wants_dresidual, wants_dx_bias, wants_dweight, wants_dbias = ctx.needs_input_grad[:5]
-        wanted = Wanted(
-            wants_dx, wants_dresidual, wants_dx_bias, wants_dweight and dy is not None, wants_dbias and dy is not None
-        )
-        given = {dtype for dtype in ctx.param_dtypes if dtype is not None}
-        param_dtype = torch.float32 if torch.float32 in given else total.dtype
-        dx, dresidual, *sums = ctx.backend.backward(
-            dy, dtotal, total, weight, mean, rstd, seed, ctx.dropout_p, ctx.rms, param_dtype, wanted
-        )
+        wanted = ctx.needs_input_grad
+        backend = ctx.backend
+        given = (dy, dtotal, total, weight, mean, rstd, seed, ctx.dropout_p, ctx.rms)
+        wide = torch.float32 in ctx.param_dtypes
+        if backend is None:
+            gradients = _direct_backward(*given, wide, wanted)
+            if gradients is not None:
+                return *gradients, None, None, None, None, None, None
+            backend = op.on(total)
+        dx, dresidual, dx_bias, dweight, dbias = wanted[:5]
+        wanted = Wanted(dx, dresidual, dx_bias, dweight and dy is not None, dbias and dy is not None)
+        dx, dresidual, *sums = backend.backward(*given, torch.float32 if wide else total.dtype, wanted)
         sums = [s if s is None else s.to(dtype) for s, dtype in zip(sums, ctx.param_dtypes, strict=True)]
         return dx, dresidual, *sums, None, None, None, None, None, None
 
@@ -190,8 +199,12 @@ def add_rms_norm_with_total(
 
 
 def _run(x, residual, x_bias, weight, bias, seed, eps, dropout_p, *, rms: bool, wants_total: bool):
-    if seed is None and dropout_p == 0.0 and not torch.compiler.is_compiling():
-        result = _direct_call(x, residual, x_bias, weight, bias, eps, rms, wants_total)
+    if not torch.compiler.is_compiling():
+        result = _direct_call(x, residual, x_bias, weight, bias, seed, eps, dropout_p, rms, wants_total, False)
+        if result is True:
+            seed = seed_for(x, dropout_p, seed)
+            y, total = _LayerNorm.apply(x, residual, x_bias, weight, bias, seed, eps, dropout_p, rms, wants_total, True)
+            return (y, total) if wants_total else y
         if result is not None:
             return result
     if routed(x):
@@ -201,10 +214,7 @@ def _run(x, residual, x_bias, weight, bias, seed, eps, dropout_p, *, rms: bool, 
     x, residual = check_tensors(x, residual, x_bias, weight, bias)
     check_eps(eps)
     require_dropout(dropout_p, seed, x.device)
-    if dropout_p == 0.0:
-        seed = None
-    elif seed is None:
-        seed = new_seed(x.device)
+    seed = seed_for(x, dropout_p, seed)
     tensors = (x, residual, x_bias, weight, bias)
     wants_backward = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     arguments = (*tensors, seed, float(eps), float(dropout_p), rms, wants_total, wants_backward)

@@ -130,7 +130,7 @@ def linear_cross_entropy(
     if not torch.compiler.is_compiling():
         logits = _logits_of_few(hidden, weight, bias)
         if logits is not None:
-            loss = _direct_losses(logits, targets, label_smoothing, smoothing, z_loss, ignore_index, reduction)
+            loss = _direct_losses(logits, targets, label_smoothing, smoothing, z_loss, ignore_index, reduction, False)
             if loss is not None:
                 return loss
     check_reduction(reduction)

@@ -54,7 +54,8 @@ def test_what_is_no_table_of_torch_connects_nothing(monkeypatch):
         monkeypatch.setattr(Tensor, "__dlpack_c_exchange_api__", other)
         assert _direct._connected() is not None
     x = normal(3, 8)
-    assert _native.library().layer_norm_direct(x, None, None, None, None, 1e-5, False, False) is not None
+    arguments = (x, None, None, None, None, None, 1e-5, 0.0, False, False, False)
+    assert _native.library().layer_norm_direct(*arguments) is not None
 
 
 def test_it_connects_where_tensors_are_fake():
