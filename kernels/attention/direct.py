@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fused_transformer.kernels import _direct
-from fused_transformer.kernels._autograd import once_differentiable
+from fused_transformer.kernels._autograd import applied_directly, once_differentiable
 from fused_transformer.kernels._checks import dense_last
 from fused_transformer.kernels._dispatch import OPS
 from fused_transformer.kernels._philox import seed_for
@@ -21,7 +21,7 @@ _backward = _direct.call("attention_backward_direct")
 def differentiated(q, k, v, keep, bias, causal, window, k_lengths, q_offsets, k_offsets, scale, dropout_p, seed):
     """(out, lse) of a call of which `forward` said that a gradient is wanted."""
     masks = (keep, causal, window, k_lengths, q_offsets, k_offsets)
-    return _Attention.apply(q, k, v, bias, masks, scale, dropout_p, seed_for(q, dropout_p, seed))
+    return _apply(q, k, v, bias, masks, scale, dropout_p, seed_for(q, dropout_p, seed))
 
 
 class _Attention(torch.autograd.Function):
@@ -55,10 +55,12 @@ class _Attention(torch.autograd.Function):
         return dq, dk, dv, dbias.reshape(bias.shape) if wants_dbias else None, None, None, None, None
 
 
-def _for_a_backend(
-    q: Tensor, k: Tensor, keep, bias, causal, window, k_lengths, q_offsets, k_offsets, scale, dropout_p, seed
-) -> tuple:
+_apply = applied_directly(_Attention)
+
+
+def _for_a_backend(q: Tensor, k: Tensor, keep, bias, *others) -> tuple:
     """What the long way passes on behind q, k and v."""
+    causal, window, k_lengths, q_offsets, k_offsets, scale, dropout_p, seed = others
     mask = make_mask(
         q,
         k,

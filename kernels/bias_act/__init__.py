@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from fused_transformer.kernels import _direct
-from fused_transformer.kernels._autograd import once_differentiable
+from fused_transformer.kernels._autograd import applied_directly, once_differentiable
 from fused_transformer.kernels._checks import require_dropout
 from fused_transformer.kernels._compile import routed
 from fused_transformer.kernels._dispatch import Op, forced_backend
@@ -53,6 +53,9 @@ class _BiasAct(torch.autograd.Function):
         return dx, None if dbias is None else dbias.to(ctx.bias_dtype), None, None, None
 
 
+_apply_directly = applied_directly(_BiasAct)
+
+
 def bias_act(
     x: Tensor,
     bias: Tensor | None = None,
@@ -92,7 +95,7 @@ def bias_act(
     if not torch.compiler.is_compiling():
         y = _direct_call(x, bias, seed, activation, dropout_p)
         if y is True:
-            return _BiasAct.apply(x, bias, seed_for(x, dropout_p, seed), activation, dropout_p)
+            return _apply_directly(x, bias, seed_for(x, dropout_p, seed), activation, dropout_p)
         if y is not None:
             return y
     if routed(x):

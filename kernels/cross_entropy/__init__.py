@@ -102,7 +102,7 @@ def cross_entropy(
         if losses is True:
             refused = inplace_backward and logits.is_leaf  # the long way says why
             given = (logits, targets, options, directly, inplace_backward)
-            losses = None if refused else direct.Differentiated.apply(*given)
+            losses = None if refused else direct.differentiated(*given)
         if losses is not None and directly == reduction:
             return losses
     else:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fused_transformer.kernels import _direct
-from fused_transformer.kernels._autograd import once_differentiable
+from fused_transformer.kernels._autograd import applied_directly, once_differentiable
 from fused_transformer.kernels._dispatch import OPS
 from fused_transformer.kernels.cross_entropy.checks import checked_options
 
@@ -19,7 +19,7 @@ def overwritten(logits: Tensor) -> None:
     torch.autograd.graph.increment_version(logits)
 
 
-class Differentiated(torch.autograd.Function):
+class _CrossEntropy(torch.autograd.Function):
     """A call of which `forward` said that a gradient is wanted. The reduction is part of it, and of the gradient.
 
     options: (label_smoothing, smoothing, z_loss, ignore_index).
@@ -48,6 +48,9 @@ class Differentiated(torch.autograd.Function):
         if ctx.inplace:
             overwritten(logits)
         return dlogits, None, None, None, None
+
+
+differentiated = applied_directly(_CrossEntropy)
 
 
 def _the_long_way(logits: Tensor, targets: Tensor, options: tuple, reduction: str) -> tuple[Tensor, Tensor, int]:

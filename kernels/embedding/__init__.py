@@ -90,7 +90,7 @@ def embedding(
         out = _direct_call(tokens, table, positions, tables.TABLES, scale, start, padding_idx, dropout_p, seed)
         if out is True:
             seed = seed_for(table, dropout_p, seed)
-            return direct.Differentiated.apply(table, tokens, positions, scale, start, padding_idx, dropout_p, seed)
+            return direct.differentiated(table, tokens, positions, scale, start, padding_idx, dropout_p, seed)
         if out is not None:
             return out
     if routed(table):

@@ -7,7 +7,7 @@ import math
 import torch
 
 from fused_transformer.kernels import _direct
-from fused_transformer.kernels._autograd import once_differentiable
+from fused_transformer.kernels._autograd import applied_directly, once_differentiable
 from fused_transformer.kernels._checks import dense_last
 from fused_transformer.kernels._dispatch import OPS
 from fused_transformer.kernels.embedding import positions as tables
@@ -18,7 +18,7 @@ forward = _direct.call("embedding_direct")
 _backward = _direct.call("embedding_backward_direct")
 
 
-class Differentiated(torch.autograd.Function):
+class _Embedding(torch.autograd.Function):
     """A call of which `forward` said that a gradient is wanted; its arguments, with the table first."""
 
     @staticmethod
@@ -42,3 +42,6 @@ class Differentiated(torch.autograd.Function):
         if dtable is None:
             dtable = OPS["embedding"].on(dout).backward(dense_last(dout), tokens, *ctx.rest, seed)
         return dtable, None, None, None, None, None, None, None
+
+
+differentiated = applied_directly(_Embedding)

@@ -8,7 +8,7 @@ from torch.autograd import forward_ad
 
 from fused_transformer.kernels import _direct
 from fused_transformer.kernels._autocast import widened
-from fused_transformer.kernels._autograd import once_differentiable
+from fused_transformer.kernels._autograd import applied_directly, once_differentiable
 from fused_transformer.kernels._checks import require_dropout
 from fused_transformer.kernels._compile import routed
 from fused_transformer.kernels._dispatch import Op
@@ -25,16 +25,16 @@ class _LayerNorm(torch.autograd.Function):
     """Shared by all backends: they save the same tensors."""
 
     @staticmethod
-    def forward(ctx, x, residual, x_bias, weight, bias, seed, eps, dropout_p, rms, wants_total, wants_backward):
-        arguments = (x, residual, x_bias, weight, bias, seed, eps, dropout_p, rms)
+    def forward(ctx, x, residual, x_bias, weight, bias, seed, options: tuple):
+        eps, dropout_p, rms, wants_total, wants_backward = options
+        arguments: tuple = (x, residual, x_bias, weight, bias, seed, eps, dropout_p, rms)
         kept = _direct_call(*arguments, wants_total, True) if wants_backward else None
+        backend = None
         if kept is None:
             arguments += (wants_total or wants_backward, wants_backward)
             backend = op.pick(*arguments)
-            y, total, mean, rstd = backend.forward(*arguments)
-        else:
-            backend = None
-            y, total, mean, rstd = kept
+            kept = backend.forward(*arguments)
+        y, total, mean, rstd = kept
         if wants_backward:
             # without a residual, x_bias and dropout the total is x, and no backend copies it
             ctx.save_for_backward(x if total is None else total, weight, mean, rstd, seed)
@@ -48,20 +48,22 @@ class _LayerNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dy, dtotal=None):
         total, weight, mean, rstd, seed = ctx.saved_tensors
-        wanted = ctx.needs_input_grad
-        backend = ctx.backend
+        wanted, backend = ctx.needs_input_grad, ctx.backend
         given = (dy, dtotal, total, weight, mean, rstd, seed, ctx.dropout_p, ctx.rms)
         wide = torch.float32 in ctx.param_dtypes
         if backend is None:
             gradients = _direct_backward(*given, wide, wanted)
             if gradients is not None:
-                return *gradients, None, None, None, None, None, None
+                return *gradients, None, None
             backend = op.on(total)
         dx, dresidual, dx_bias, dweight, dbias = wanted[:5]
         wanted = Wanted(dx, dresidual, dx_bias, dweight and dy is not None, dbias and dy is not None)
         dx, dresidual, *sums = backend.backward(*given, torch.float32 if wide else total.dtype, wanted)
         sums = [s if s is None else s.to(dtype) for s, dtype in zip(sums, ctx.param_dtypes, strict=True)]
-        return dx, dresidual, *sums, None, None, None, None, None, None
+        return dx, dresidual, *sums, None, None
+
+
+_apply_directly = applied_directly(_LayerNorm)
 
 
 def layer_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, *, eps: float = 1e-5) -> Tensor:
@@ -200,26 +202,36 @@ def add_rms_norm_with_total(
 
 def _run(x, residual, x_bias, weight, bias, seed, eps, dropout_p, *, rms: bool, wants_total: bool):
     if not torch.compiler.is_compiling():
-        result = _direct_call(x, residual, x_bias, weight, bias, seed, eps, dropout_p, rms, wants_total, False)
-        if result is True:
-            seed = seed_for(x, dropout_p, seed)
-            y, total = _LayerNorm.apply(x, residual, x_bias, weight, bias, seed, eps, dropout_p, rms, wants_total, True)
-            return (y, total) if wants_total else y
+        result = _directly(x, residual, x_bias, weight, bias, seed, eps, dropout_p, rms, wants_total)
         if result is not None:
             return result
     if routed(x):
         return compiled.layer_norm(x, residual, x_bias, weight, bias, seed, eps, dropout_p, rms, wants_total)
     if torch._C._is_any_autocast_enabled():
         x, residual, x_bias, weight, bias = widened(x, residual, x_bias, weight, bias)
+        result = _directly(x, residual, x_bias, weight, bias, seed, eps, dropout_p, rms, wants_total)
+        if result is not None:
+            return result
     x, residual = check_tensors(x, residual, x_bias, weight, bias)
     check_eps(eps)
     require_dropout(dropout_p, seed, x.device)
     seed = seed_for(x, dropout_p, seed)
     tensors = (x, residual, x_bias, weight, bias)
     wants_backward = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-    arguments = (*tensors, seed, float(eps), float(dropout_p), rms, wants_total, wants_backward)
+    options = (float(eps), float(dropout_p), rms, wants_total, wants_backward)
     if wants_backward or forward_ad._current_level >= 0:  # forward-mode AD: autograd must see the call to refuse it
-        y, total = _LayerNorm.apply(*arguments)
+        y, total = _LayerNorm.apply(*tensors, seed, options)
         return (y, total) if wants_total else y
+    arguments = (*tensors, seed, *options)
     y, total, _, _ = op.pick(*arguments).forward(*arguments)  # half the host time of apply()
+    return (y, total) if wants_total else y
+
+
+def _directly(x, residual, x_bias, weight, bias, seed, eps, dropout_p, rms, wants_total):
+    """The result of a direct call; None where it is not for one."""
+    result = _direct_call(x, residual, x_bias, weight, bias, seed, eps, dropout_p, rms, wants_total, False)
+    if result is not True:
+        return result
+    options = (eps, dropout_p, rms, wants_total, True)
+    y, total = _apply_directly(x, residual, x_bias, weight, bias, seed_for(x, dropout_p, seed), options)
     return (y, total) if wants_total else y
