@@ -29,15 +29,16 @@ class _LayerNorm(torch.autograd.Function):
         eps, dropout_p, rms, wants_total, wants_backward = options
         arguments: tuple = (x, residual, x_bias, weight, bias, seed, eps, dropout_p, rms)
         kept = _direct_call(*arguments, wants_total, True) if wants_backward else None
-        backend = None
         if kept is None:
             arguments += (wants_total or wants_backward, wants_backward)
             backend = op.pick(*arguments)
-            kept = backend.forward(*arguments)
-        y, total, mean, rstd = kept
+            y, total, *statistics = backend.forward(*arguments)
+        else:
+            backend = None
+            y, total, *statistics = kept
         if wants_backward:
             # without a residual, x_bias and dropout the total is x, and no backend copies it
-            ctx.save_for_backward(x if total is None else total, weight, mean, rstd, seed)
+            ctx.save_for_backward(x if total is None else total, weight, seed, *statistics)
             ctx.backend, ctx.dropout_p, ctx.rms = backend, dropout_p, rms
             ctx.param_dtypes = [None if p is None else p.dtype for p in (x_bias, weight, bias)]
             ctx.set_materialize_grads(False)
@@ -47,17 +48,19 @@ class _LayerNorm(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dy, dtotal=None):
-        total, weight, mean, rstd, seed = ctx.saved_tensors
+        total, weight, seed, *statistics = ctx.saved_tensors
         wanted, backend = ctx.needs_input_grad, ctx.backend
-        given = (dy, dtotal, total, weight, mean, rstd, seed, ctx.dropout_p, ctx.rms)
         wide = torch.float32 in ctx.param_dtypes
         if backend is None:
-            gradients = _direct_backward(*given, wide, wanted)
+            given = (dy, dtotal, total, weight, *statistics, seed, ctx.dropout_p, ctx.rms, wide, wanted)
+            gradients = _direct_backward(*given)
             if gradients is not None:
                 return *gradients, None, None
             backend = op.on(total)
+            statistics = [None, *statistics[0]] if ctx.rms else list(statistics[0])
         dx, dresidual, dx_bias, dweight, dbias = wanted[:5]
         wanted = Wanted(dx, dresidual, dx_bias, dweight and dy is not None, dbias and dy is not None)
+        given = (dy, dtotal, total, weight, *statistics, seed, ctx.dropout_p, ctx.rms)
         dx, dresidual, *sums = backend.backward(*given, torch.float32 if wide else total.dtype, wanted)
         sums = [s if s is None else s.to(dtype) for s, dtype in zip(sums, ctx.param_dtypes, strict=True)]
         return dx, dresidual, *sums, None, None
