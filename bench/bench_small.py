@@ -1,4 +1,4 @@
-"""Small calls: a token, or a sentence, at Transformer-base's width, with nothing to differentiate.
+"""Small calls: a token, or a sentence, at Transformer-base's width, with nothing to differentiate, and with gradients.
 
 There the kernel is the least of it: what is timed is what a call costs around it, in microseconds of checks, choices
 and allocations. A row is 100 calls, one after the other, so that the clock is not what is measured.
@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from bench.agreement import forward_backward
 from fused_transformer import kernels
 
 CALLS = 100
@@ -65,10 +66,21 @@ def repeated(function: Callable) -> Callable:
     return calls
 
 
-@pytest.mark.parametrize("shape", [1, 16], ids=["1 token", "16 tokens"])
+of_tokens = pytest.mark.parametrize("shape", [1, 16], ids=["1 token", "16 tokens"])
+
+
+@of_tokens
 @pytest.mark.parametrize("op", OPS)
 def bench_small_calls(compare, op, shape, device):
     torchs, ours, make = OPS[op]
     args = tuple(x.to(device) for x in make(shape))
     with torch.no_grad():
         compare({"naive": repeated(torchs), "fused": repeated(ours)}, args)
+
+
+@of_tokens
+@pytest.mark.parametrize("op", [op for op in OPS if op != "log_softmax_top_k"])  # which has no gradient
+def bench_small_calls_forward_backward(compare, op, shape, device):
+    torchs, ours, make = OPS[op]
+    args = tuple(x.to(device).requires_grad_(x.is_floating_point()) for x in make(shape))
+    compare({"naive": repeated(forward_backward(torchs)), "fused": repeated(forward_backward(ours))}, args)

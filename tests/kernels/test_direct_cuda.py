@@ -12,8 +12,9 @@ from torch import Tensor
 from fused_transformer import kernels
 from fused_transformer.kernels import _direct, _native, use_backend
 from tests.inputs import normal
+from tests.kernels import test_direct_gradients
 from tests.kernels.test_direct import CALLS
-from tests.kernels.two_ways import assert_same
+from tests.kernels.two_ways import assert_same, tensors_of
 
 pytestmark = [
     pytest.mark.gpu,
@@ -25,9 +26,9 @@ pytestmark = [
 ELSEWHERE = ("packed", "linear_cross_entropy")
 
 
-def arguments_of(name: str, dtype: torch.dtype) -> dict:
+def arguments_of(name: str, dtype: torch.dtype, calls=CALLS) -> dict:
     torch.manual_seed(0)
-    made = CALLS[name][1]()
+    made = calls[name][1]()
     if "k_lengths" in made:
         made["keep"] = None
     cast = {key for key, x in made.items() if isinstance(x, Tensor) and x.is_floating_point() and key != "addend"}
@@ -48,6 +49,61 @@ def test_a_direct_call_gives_what_the_long_way_gives(name, dtype, direct):
     with use_backend("cuda"):
         expected = function(**arguments)  # and makes the table of positions that the embedding looks up
     assert_same(direct(function, **arguments), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", [name for name in test_direct_gradients.CALLS if name not in ELSEWHERE])
+def test_gradients_are_those_of_the_long_way(name, dtype, direct):
+    calls = test_direct_gradients.CALLS
+    function, arguments = calls[name][0], arguments_of(name, dtype, calls)
+    names = test_direct_gradients.differentiable(name, arguments)
+    arguments = test_direct_gradients.leaves(arguments, names)
+
+    def both(**given) -> tuple:
+        result = function(**given)
+        return (*tensors_of(result), *test_direct_gradients.gradients(result, given, names))
+
+    with use_backend("cuda"):
+        expected = both(**arguments)
+    assert_same(direct(both, **arguments), expected)
+
+
+@pytest.mark.parametrize("heads", [1, 2])
+@pytest.mark.parametrize("lengths", [(5, 7), (130, 200)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_gradients_of_longer_sequences(dtype, lengths, heads, direct):
+    """More than a tile, keys that query heads share, and the layout that models have."""
+    torch.manual_seed(0)
+    q = normal(2, lengths[0], 2, 64, dtype=dtype, device="cuda").transpose(1, 2).requires_grad_()
+    k, v = (normal(2, heads, lengths[1], 64, dtype=dtype, device="cuda").requires_grad_() for _ in range(2))
+    upstream = normal(2, lengths[0], 2, 64, dtype=dtype, device="cuda").transpose(1, 2)
+    k_lengths = torch.tensor([lengths[1], 3], device="cuda")
+
+    def gradients() -> tuple:
+        out = kernels.attention(q, k, v, k_lengths=k_lengths, causal="bottom_right")
+        return (out, *torch.autograd.grad(out, (q, k, v), upstream))
+
+    with use_backend("cuda"):
+        expected = gradients()
+    assert_same(direct(gradients), expected)
+
+
+def test_gradients_under_autocast_are_direct(direct):
+    """As in a layer: products in bfloat16, the stream of residuals in float32."""
+    torch.manual_seed(0)
+    x = normal(4, 9, 64, dtype=torch.bfloat16, device="cuda").requires_grad_()
+    residual, weight = (normal(*shape, device="cuda").requires_grad_() for shape in ((4, 9, 64), (64,)))
+    q = normal(2, 4, 9, 32, dtype=torch.bfloat16, device="cuda").requires_grad_()
+
+    def gradients() -> tuple:
+        with torch.autocast("cuda", torch.bfloat16):
+            y, out = kernels.add_layer_norm(x, residual, weight), kernels.attention(q, q, q)
+        return (y, out, *torch.autograd.grad(y.sum() + out.sum(), (x, residual, weight, q)))
+
+    with use_backend("cuda"):
+        expected = gradients()
+    assert expected[0].dtype == torch.float32 and expected[1].dtype == torch.bfloat16
+    assert_same(direct(gradients), expected)
 
 
 @pytest.mark.parametrize("hopper", [False, True])
