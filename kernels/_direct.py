@@ -23,15 +23,24 @@ _ELEMENTS = (torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.in
 
 def _connected() -> str | None:
     """None, or why there are no direct calls."""
-    table = getattr(Tensor, "__dlpack_c_exchange_api__", None)
     if os.environ.get("FUSED_TRANSFORMER_DIRECT") == "0":
         return "FUSED_TRANSFORMER_DIRECT=0 turned them off"
     if not _native.available():
         return "the compiled extension is missing"
-    if table is None:
+    if links()[0] is None:
         return "torch exports its tensors' memory from 2.10 on"
-    connected = _native.library().connect(
-        table,
+    connected = _native.library().connect(*links())
+    with _disable_current_modes():  # of whoever imports this package where tensors are fake
+        examples = [torch.empty(3, 5, dtype=dtype, device="cpu")[1:, 1:3].t() for dtype in _ELEMENTS]
+        if not connected or not all(map(_is_seen, examples)):
+            return "this torch describes its tensors in another way"
+    return None
+
+
+def links() -> tuple:
+    """What the extension calls and looks at, in the order of `connect`; the last two are about the CUDA device."""
+    return (
+        getattr(Tensor, "__dlpack_c_exchange_api__", None),
         Tensor,
         torch.nn.Parameter,
         torch.device("cpu"),
@@ -51,11 +60,6 @@ def _connected() -> str | None:
         getattr(torch._C, "_cuda_getCurrentRawStream", None),
         getattr(torch._C, "_cuda_getDevice", None),
     )
-    with _disable_current_modes():  # of whoever imports this package where tensors are fake
-        examples = [torch.empty(3, 5, dtype=dtype, device="cpu")[1:, 1:3].t() for dtype in _ELEMENTS]
-        if not connected or not all(map(_is_seen, examples)):
-            return "this torch describes its tensors in another way"
-    return None
 
 
 def _is_seen(x: Tensor) -> bool:

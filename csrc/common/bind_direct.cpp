@@ -88,6 +88,9 @@ bool memory_of(PyObject* tensor, View& out) {
     return false;
   }
   if (x.strides == nullptr && x.ndim > 0) return false;
+#ifdef FT_EMULATED  // the device of tests/csrc/emulator, whose memory is the CPU's
+  if (devices[0].object != nullptr && x.device_type == kCpu) x.device_type = kCuda, x.device_id = 0;
+#endif
   if (x.device_type == kCuda) {
     if (x.device_id < 0 || x.device_id >= kMostDevices || devices[x.device_id].object == nullptr) return false;
     out.device = x.device_id;

@@ -145,9 +145,13 @@ def _binding(op: str, csrc: Path) -> Iterator[Object]:
     flags = (*KERNEL_FLAGS, "-O0", "-fopenmp")
     folders = (pybind11.get_include(), sysconfig.get_paths()["include"])
     versions = (f"pybind11 {pybind11.__version__}", f"Python {sys.version}")
-    # not bind_direct.cpp, which is for CPU tensors alone
     yield Object(csrc / op / "bind.cpp", flags, csrc, folders=folders, versions=versions)
     register = (*flags, f"-DFT_REGISTER=register_{op}")
+    direct = csrc / op / "bind_direct.cpp"
+    if direct.exists():
+        register += (f"-DFT_DIRECT=add_{op}",)
+        for source in (direct, csrc / "common" / "bind_direct.cpp"):
+            yield Object(source, flags, csrc, folders=folders, versions=versions)
     yield Object(EMULATOR / "module.cpp", register, csrc, f"module.{op}", folders, versions)
 
 
