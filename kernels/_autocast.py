@@ -35,7 +35,8 @@ def lowered(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 def lowers(x: Tensor) -> bool:
     """Whether `lowered` makes another tensor of x."""
-    return lowered(x)[0] is not x
+    dtype = autocast_dtype(x)
+    return dtype is not None and x.dtype not in (dtype, torch.float64)
 
 
 def in_dtype_of(x: Tensor, given: Tensor) -> Tensor:

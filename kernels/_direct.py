@@ -1,7 +1,8 @@
 """Connects torch with the direct calls of the compiled extension (csrc/common/bind_direct.h).
 
-A direct call takes tensors and returns the op's result, or None where it is not for it: then nothing was done, and the
-op goes the long way. It must not be reached while torch.compile traces.
+A direct call takes tensors and returns the op's result; None where it is not for it, and the op goes the long way as if
+nothing had been tried; or True where a gradient is wanted, and the op's autograd.Function makes the call again, keeping
+what the backward pass needs. It must not be reached while torch.compile traces.
 """
 
 from __future__ import annotations

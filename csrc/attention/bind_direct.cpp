@@ -130,33 +130,33 @@ void forward_on_cuda(const View& q, AttentionForward& args) {
 }
 
 // What forward and backward passes are called with, from q on.
-struct Call {
+struct Inputs {
   View q, k, v, keep, bias, k_lengths, q_offsets, k_offsets;
   Dropout drop;
   bool differentiated = false;
 
   bool packed() const { return q_offsets.given(); }
 };
-constexpr int kCallArguments = 13;
+constexpr int kInputs = 13;
 
 // (q, k, v, keep, bias, causal, window, k_lengths, q_offsets, k_offsets, scale, dropout_p, seed): as
 // attention_with_lse has them. What `args` holds afterwards is what all directions share, but for the scratch memory.
-bool parse(PyObject* const* arguments, Call& call, Attention& args) {
-  bool* wanted = &call.differentiated;
-  if (!view(arguments[0], call.q, wanted) || !view(arguments[1], call.k, wanted) ||
-      !view(arguments[2], call.v, wanted) || !view_or_absent(arguments[3], call.keep) ||
-      !view_or_absent(arguments[4], call.bias, wanted) || !view_or_absent(arguments[7], call.k_lengths) ||
-      !view_or_absent(arguments[8], call.q_offsets) || !view_or_absent(arguments[9], call.k_offsets) ||
-      !dropout(arguments[11], arguments[12], call.drop))
+bool parse(PyObject* const* arguments, Inputs& in, Attention& args) {
+  bool* wanted = &in.differentiated;
+  if (!view(arguments[0], in.q, wanted) || !view(arguments[1], in.k, wanted) ||
+      !view(arguments[2], in.v, wanted) || !view_or_absent(arguments[3], in.keep) ||
+      !view_or_absent(arguments[4], in.bias, wanted) || !view_or_absent(arguments[7], in.k_lengths) ||
+      !view_or_absent(arguments[8], in.q_offsets) || !view_or_absent(arguments[9], in.k_offsets) ||
+      !dropout(arguments[11], arguments[12], in.drop))
     return false;
-  const auto& [q, k, v, keep, bias, k_lengths, q_offsets, k_offsets, drop, differentiated] = call;
+  const auto& [q, k, v, keep, bias, k_lengths, q_offsets, k_offsets, drop, differentiated] = in;
   if (!together({&q, &k, &v, &keep, &bias, &k_lengths, &q_offsets, &k_offsets, &drop.seed})) return false;
   // on CUDA a mask's bits want memory, and the longest sequence of a packed batch is not known to the host
   if (!q.on_cpu() && (keep.given() || q_offsets.given() || hopper == Hopper::unknown)) return false;
   if (!sizes(q, k, v, q_offsets, k_offsets, args)) return false;
   if (!q.on_cpu() && !fits(device_of(q), args)) return false;
   // masks of packed batches may be larger than the longest sequence
-  if (call.packed() && (keep.given() || bias.given())) return false;
+  if (in.packed() && (keep.given() || bias.given())) return false;
   if (keep.given() && (keep.element != Element::boolean || !scores(keep, args, args.keep))) return false;
   // of the imaginary part of a conjugate, the one tensor whose sign is not in its memory, no stride is 1
   if (bias.given() && (!bias.floating() || bias.ndim == 0 || bias.stride[bias.ndim - 1] != 1)) return false;
@@ -180,14 +180,14 @@ Rows statistics(const Attention& args, bool packed, float* data, int64_t each = 
 
 // (..., wants_lse), after what `parse` takes. Returns out, or (out, lse), which is what the backward pass asks for too.
 PyObject* attention(PyObject* const* arguments) {
-  Call call;
+  Inputs in;
   AttentionForward args;
-  if (!parse(arguments, call, args) || !ready() || !autocast_keeps(arguments[0])) return nullptr;
-  if (call.differentiated) return Py_NewRef(Py_True);
-  if (call.drop.p > 0.0 && !call.drop.seed.given()) return nullptr;
+  if (!parse(arguments, in, args) || !ready() || !autocast_keeps(arguments[0])) return nullptr;
+  if (in.differentiated) return Py_NewRef(Py_True);
+  if (in.drop.p > 0.0 && !in.drop.seed.given()) return nullptr;
 
-  const View& q = call.q;
-  const bool wants_lse = arguments[kCallArguments] == Py_True;
+  const View& q = in.q;
+  const bool wants_lse = arguments[kInputs] == Py_True;
   Output out = empty_like(arguments[0], false);
   const Output lse = wants_lse ? empty(arguments[0], q.shape, q.ndim - 1, Element::f32) : no_output();
   if (!out.view.dense_last()) return nullptr;  // q overlaps itself
@@ -196,7 +196,7 @@ PyObject* attention(PyObject* const* arguments) {
   const int64_t floats = q.on_cpu() ? cpu::forward_scratch(args.D) * omp_get_max_threads() : 0;
   const Output working = floats + unkept > 0 ? working_memory(q, arguments[0], floats + unkept) : no_output();
   args.scratch = static_cast<float*>(working.view.data);
-  args.lse = statistics(args, call.packed(), wants_lse ? static_cast<float*>(lse.view.data) : args.scratch + floats);
+  args.lse = statistics(args, in.packed(), wants_lse ? static_cast<float*>(lse.view.data) : args.scratch + floats);
   if (q.on_cpu()) {
     const Released released;
     cpu::attention_forward(args);
@@ -220,16 +220,18 @@ void backward_on_cuda(const View& q, AttentionBackward& args) {
 // (..., dout, out, lse), after what `parse` takes. Returns (dq, dk, dv). A bias has no gradient here; and on a CPU the
 // kernel sums dk and dv in float32 and in whole vectors, so that other k and v go the long way.
 PyObject* backward(PyObject* const* arguments) {
-  Call call;
+  Inputs in;
   AttentionBackward args;
   View dout, out, lse;
-  PyObject* const* saved = arguments + kCallArguments;
-  if (!parse(arguments, call, args) || !view(saved[0], dout) || !view(saved[1], out) || !view(saved[2], lse))
+  PyObject* const* saved = arguments + kInputs;
+  if (!parse(arguments, in, args) || !view(saved[0], dout) || !view(saved[1], out) || !view(saved[2], lse))
     return nullptr;
-  const View& q = call.q;
-  if (!dout.like(q) || !dout.dense_last() || !together({&q, &dout, &out, &lse})) return nullptr;
+  const View& q = in.q;
+  if (!dout.like(q) || !dout.dense_last() || !out.like(q) || !out.dense_last() ||
+      !lse.is_dense(Element::f32, q.count() / args.D) || !together({&q, &dout, &out, &lse}))
+    return nullptr;
   if (q.on_cpu() && (args.dtype != DType::f32 || args.D % 16 != 0)) return nullptr;
-  if (call.drop.p > 0.0 && !call.drop.seed.given()) return nullptr;
+  if (in.drop.p > 0.0 && !in.drop.seed.given()) return nullptr;
   if (!ready_for_backward()) return nullptr;
 
   const Output dq = empty_like(arguments[0], false), dk = empty_like(arguments[1], false);
@@ -237,7 +239,7 @@ PyObject* backward(PyObject* const* arguments) {
   if (!dq.view.dense_last() || !dk.view.dense_last() || !dv.view.dense_last()) return nullptr;
   args.dq = rows(dq.view), args.dk = rows(dk.view), args.dv = rows(dv.view);
   args.out = rows(out), args.dout = rows(dout);
-  args.lse = statistics(args, call.packed(), static_cast<float*>(lse.data));
+  args.lse = statistics(args, in.packed(), static_cast<float*>(lse.data));
   const int64_t floats = q.on_cpu() ? cpu::backward_scratch(args.D) * omp_get_max_threads() : 2 * (q.count() / args.D);
   const Output working = working_memory(q, arguments[0], floats);
   args.scratch = static_cast<float*>(working.view.data);
@@ -254,8 +256,8 @@ PyObject* backward(PyObject* const* arguments) {
 }  // namespace
 
 void add_attention(PyObject* module) {
-  add(module, "attention_direct", &attention, kCallArguments + 1);
-  add(module, "attention_backward_direct", &backward, kCallArguments + 3);
+  add(module, "attention_direct", &attention, kInputs + 1);
+  add(module, "attention_backward_direct", &backward, kInputs + 3);
   add(module, "attention_direct_hopper", &use_hopper, 1);
 }
 

@@ -44,6 +44,7 @@ struct View {
   bool floating() const { return element <= Element::bf16; }
   bool contiguous() const;
   bool dense_last() const { return last() <= 1 || stride[ndim - 1] == 1; }
+  bool is_dense(Element type, int64_t size) const { return element == type && contiguous() && count() == size; }
   bool is_vector(int64_t size) const { return ndim == 1 && shape[0] == size && dense_last(); }
   bool same_shape(const View& other) const;
   bool like(const View& other) const { return element == other.element && same_shape(other); }
@@ -124,7 +125,9 @@ struct Dropout {
 };
 bool dropout(PyObject* p, PyObject* seed, Dropout& out);
 
-// Working memory of the calling thread on the CPU, kept for its next call. 64-byte aligned.
+// Working memory of the calling thread on the CPU, kept for its next call. 64-byte aligned. To be asked for after all
+// else that may run Python: any allocation by torch may collect garbage, and a finaliser may call an op, which takes the
+// same memory or frees it for more.
 float* scratch(int64_t floats);
 
 // Working memory where x is, in `view`: on the CPU scratch(floats), or where that is more than a thread should keep,
@@ -171,7 +174,8 @@ void run(const View& x, const Args& args, typename Plain<void (*)(const Args&)>:
 #define FT_CUDA_KERNEL(function) nullptr
 #endif
 
-using Call = PyObject* (*)(PyObject* const* arguments);  // nullptr: not direct
+// Returns nullptr where the call is not for it, and a new reference to True where a gradient is wanted.
+using Call = PyObject* (*)(PyObject* const* arguments);
 // Adds `call`, which takes `count` positional arguments, to the module as a function of that name.
 void add(PyObject* module, const char* name, Call call, int count);
 

@@ -53,7 +53,7 @@ bool sizes(const View& logits, const View& targets, Args& args) {
 }
 
 // (logits, targets, options, reduction, keep): as kernels/cross_entropy has them. Returns the loss; keep: (loss,
-// statistics, counted) for the backward pass, the (2, M) of each row's top and log_sum, and by what a mean was divided.
+// top, log_sum, counted) for the backward pass: (M,) each, and by what a mean was divided.
 PyObject* cross_entropy(PyObject* const* arguments) {
   View logits, targets;
   CrossEntropyForward args{};
@@ -77,10 +77,11 @@ PyObject* cross_entropy(PyObject* const* arguments) {
   const bool single = reduced && args.M == 1;  // which is its own sum
   Output losses = empty(arguments[0], targets.shape, single ? 0 : targets.ndim, Element::f32);
   args.losses = static_cast<float*>(losses.view.data);
-  const int64_t two_each[2] = {2, args.M};
-  const Output statistics =
-      keep ? empty(arguments[0], two_each, 2, Element::f32) : working_memory(logits, arguments[0], 2 * args.M);
-  args.top = static_cast<float*>(statistics.view.data), args.log_sum = args.top + args.M;
+  const Output top = keep ? empty(arguments[0], &args.M, 1, Element::f32) : no_output();
+  const Output log_sum = keep ? empty(arguments[0], &args.M, 1, Element::f32) : no_output();
+  const Output unkept = keep ? no_output() : working_memory(logits, arguments[0], 2 * args.M);
+  args.top = static_cast<float*>(keep ? top.view.data : unkept.view.data);
+  args.log_sum = keep ? static_cast<float*>(log_sum.view.data) : args.top + args.M;
   run(logits, args, &cpu::cross_entropy_forward, FT_CUDA_KERNEL(cross_entropy_forward));
   Output loss = single || !reduced ? std::move(losses) : sum(losses.tensor.get());
   // as a float32 tensor is divided by one of whole numbers
@@ -88,35 +89,36 @@ PyObject* cross_entropy(PyObject* const* arguments) {
   if (!keep) return loss.tensor.release();
   const Ref count(PyLong_FromLongLong(counted));
   if (count.get() == nullptr) throw PythonError{};
-  return tuple({loss.tensor.get(), statistics.tensor.get(), count.get()});
+  return tuple({loss.tensor.get(), top.tensor.get(), log_sum.tensor.get(), count.get()});
 }
 
-// (dloss, logits, targets, statistics, options, reduction, counted, into): what the forward pass kept; into: where the
+// (dloss, logits, targets, top, log_sum, options, reduction, counted, into): what the forward pass kept; into: where the
 // gradient goes, or None. Returns it.
 PyObject* backward(PyObject* const* arguments) {
-  View dloss, logits, targets, statistics;
+  View dloss, logits, targets, top, log_sum;
   Ref held(nullptr);
   CrossEntropyBackward args{};
   int64_t counted;
   if (!dense_view(arguments[0], dloss, held) || !view(arguments[1], logits) || !view(arguments[2], targets) ||
-      !view(arguments[3], statistics) || !sizes(logits, targets, args) || !options(arguments + 4, args) ||
-      !PyUnicode_CheckExact(arguments[8]) || !integer(arguments[9], counted))
+      !view(arguments[3], top) || !view(arguments[4], log_sum) || !sizes(logits, targets, args) ||
+      !options(arguments + 5, args) || !PyUnicode_CheckExact(arguments[9]) || !integer(arguments[10], counted))
     return nullptr;
-  const bool reduced = !is(arguments[8], "none");
+  const bool reduced = !is(arguments[9], "none");
+  if (!top.is_dense(Element::f32, args.M) || !log_sum.is_dense(Element::f32, args.M)) return nullptr;
   if (dloss.element != Element::f32 || dloss.count() != (reduced ? 1 : args.M) || (reduced && !logits.on_cpu()) ||
-      !together({&logits, &dloss, &targets, &statistics}) || !ready_for_backward())
+      !together({&logits, &dloss, &targets, &top, &log_sum}) || !ready_for_backward())
     return nullptr;
 
-  const bool fresh = arguments[10] == Py_None;
-  Output dlogits = fresh ? empty_like(arguments[1], true) : given(arguments[10]);
+  const bool fresh = arguments[11] == Py_None;
+  Output dlogits = fresh ? empty_like(arguments[1], true) : given(arguments[11]);
   if (!dlogits.view.like(logits) || !dlogits.view.contiguous()) return nullptr;
   float of_each = 0.0f;
   args.dlosses = static_cast<const float*>(dloss.data), args.dlosses_stride = 1;
   if (reduced) {
-    of_each = *args.dlosses / (is(arguments[8], "mean") ? float(counted) : 1.0f);
+    of_each = *args.dlosses / (is(arguments[9], "mean") ? float(counted) : 1.0f);
     args.dlosses = &of_each, args.dlosses_stride = 0;
   }
-  args.top = static_cast<const float*>(statistics.data), args.log_sum = args.top + args.M;
+  args.top = static_cast<const float*>(top.data), args.log_sum = static_cast<const float*>(log_sum.data);
   args.dlogits = dlogits.view.data, args.dlogits_stride = args.V;
   run(logits, args, &cpu::cross_entropy_backward, FT_CUDA_KERNEL(cross_entropy_backward));
   return dlogits.tensor.release();
@@ -126,7 +128,7 @@ PyObject* backward(PyObject* const* arguments) {
 
 void add_cross_entropy(PyObject* module) {
   add(module, "cross_entropy_direct", &cross_entropy, 8);
-  add(module, "cross_entropy_backward_direct", &backward, 11);
+  add(module, "cross_entropy_backward_direct", &backward, 12);
 }
 
 }  // namespace fused::direct

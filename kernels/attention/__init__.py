@@ -10,40 +10,17 @@ from torch.autograd import forward_ad
 
 from fused_transformer.kernels._autocast import lowered
 from fused_transformer.kernels._autograd import once_differentiable
-from fused_transformer.kernels._checks import dense_last, require_dropout
+from fused_transformer.kernels._checks import require_dropout
 from fused_transformer.kernels._compile import routed
 from fused_transformer.kernels._dispatch import Op, undisturbed
-from fused_transformer.kernels._philox import new_seed
-from fused_transformer.kernels.attention import compiled, direct, together
+from fused_transformer.kernels._philox import new_seed, seed_for
+from fused_transformer.kernels.attention import compiled, together
 from fused_transformer.kernels.attention.checks import check_statistics, check_tensors
+from fused_transformer.kernels.attention.differentiated import Others, _Attention, direct_call, directly
 from fused_transformer.kernels.attention.mask import Causal, Mask, make_mask
 
 op = Op(__name__, order=("cuda", "triton", "cpu", "reference"))
-_direct_call = direct.forward
-
-
-class _Attention(torch.autograd.Function):
-    """Shared by all backends: they save the same tensors. `bias` is repeated beside `mask` for its gradient."""
-
-    @staticmethod
-    def forward(ctx, q, k, v, bias, mask: Mask, scale: float, dropout_p: float, seed):
-        backend = op.pick(q, k, v, mask, scale, dropout_p, seed)
-        out, lse = backend.forward(q, k, v, mask, scale, dropout_p, seed)
-        # the mask's tensors are saved too, so that changing one in place before backward is an error
-        ctx.save_for_backward(q, k, v, bias, out, lse, seed, mask.keep)
-        ctx.backend, ctx.mask, ctx.scale, ctx.dropout_p = backend, mask, scale, dropout_p
-        ctx.mark_non_differentiable(lse)
-        return out, lse
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dout, _dlse):
-        q, k, v, bias, out, lse, seed, _ = ctx.saved_tensors
-        wants_dbias = bias is not None and ctx.needs_input_grad[3]
-        dq, dk, dv, dbias = ctx.backend.backward(
-            dense_last(dout), q, k, v, out, lse, ctx.mask, ctx.scale, ctx.dropout_p, seed, wants_dbias
-        )
-        return dq, dk, dv, dbias, None, None, None, None
+_direct_call = direct_call
 
 
 class _Weights(torch.autograd.Function):
@@ -126,7 +103,7 @@ def attention(
         arguments = (q, k, v, keep, bias, causal, window, k_lengths, q_offsets, k_offsets, scale, dropout_p, seed)
         out = _direct_call(*arguments, False)
         if out is True:
-            return direct.differentiated(*arguments)[0]
+            return directly(*arguments)[0]
         if out is not None:
             return out
     return attention_with_lse(
@@ -175,7 +152,7 @@ def attention_with_lse(
     if not torch.compiler.is_compiling():
         both = _direct_call(q, k, v, *masks, scale, dropout_p, seed, True)
         if both is True:
-            return direct.differentiated(q, k, v, *masks, scale, dropout_p, seed)
+            return directly(q, k, v, *masks, scale, dropout_p, seed)
         if both is not None:
             return both
     if routed(q):
@@ -195,11 +172,11 @@ def attention_with_lse(
         k_offsets=k_offsets,
     )
     require_dropout(dropout_p, seed, q.device)
-    if dropout_p > 0.0 and seed is None:
-        seed = new_seed(q.device)
+    seed = seed_for(q, dropout_p, seed)
     scale = 1.0 / math.sqrt(max(q.shape[-1], 1)) if scale is None else float(scale)
     if _differentiated(q, k, v, mask.bias):
-        return _Attention.apply(q, k, v, mask.bias, mask, scale, float(dropout_p), seed)
+        others = Others(causal, window, k_lengths, q_offsets, k_offsets)
+        return _Attention.apply(q, k, v, keep, bias, seed, others, mask, scale, float(dropout_p))
     arguments = (q, k, v, mask, scale, float(dropout_p), seed)
     return op.pick(*arguments).forward(*arguments)  # a short call's time is half apply()
 

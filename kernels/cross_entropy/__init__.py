@@ -6,41 +6,17 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from fused_transformer.kernels._autograd import once_differentiable
 from fused_transformer.kernels._checks import dense_last, require
 from fused_transformer.kernels._compile import routed
 from fused_transformer.kernels._dispatch import Op
-from fused_transformer.kernels.cross_entropy import compiled, direct
+from fused_transformer.kernels.cross_entropy import compiled, differentiated
 from fused_transformer.kernels.cross_entropy.checks import check_range, check_reduction, check_tensors, checked_options
+from fused_transformer.kernels.cross_entropy.differentiated import Options, reduced
 
 __all__ = ["cross_entropy", "has_kernel", "op"]
 
 op = Op(__name__, order=("cuda", "triton", "cpu", "reference"))
-_direct_call = direct.forward
-
-
-class _CrossEntropy(torch.autograd.Function):
-    """The losses of the rows; shared by all backends. What is saved of a row is its maximum and log Σ exp(x - maximum):
-    the sum of the two, their lse, would lose in float32 what the maximum is large by. The reference saves neither.
-    """
-
-    @staticmethod
-    def forward(ctx, logits, targets, target_weight, every_weight, z_loss, ignore_index, inplace):
-        rest = (target_weight, every_weight, z_loss, ignore_index)
-        backend = op.pick(logits, targets, *rest)
-        losses, top, log_sum = backend.forward(logits, targets, *rest)
-        ctx.save_for_backward(logits, targets, top, log_sum)
-        ctx.backend, ctx.rest, ctx.inplace = backend, rest, inplace
-        return losses
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dlosses):
-        logits, targets, top, log_sum = ctx.saved_tensors
-        dlogits = ctx.backend.backward(dlosses, logits.detach(), targets, top, log_sum, *ctx.rest, ctx.inplace)
-        if ctx.inplace:
-            direct.overwritten(logits)
-        return dlogits, None, None, None, None, None, None
+_direct_call = differentiated.direct_call
 
 
 def cross_entropy(
@@ -94,48 +70,45 @@ def cross_entropy(
         2022, arXiv:2204.02311, section 5.
     """
     check_reduction(reduction)
-    if not torch.compiler.is_compiling():
-        # on CUDA the sum over rows is torch's own
-        directly = "none" if isinstance(logits, Tensor) and logits.is_cuda else reduction
-        options = (label_smoothing, smoothing, z_loss, ignore_index)
-        losses = _direct_call(logits, targets, *options, directly, False)
-        if losses is True:
-            refused = inplace_backward and logits.is_leaf  # the long way says why
-            given = (logits, targets, options, directly, inplace_backward)
-            losses = None if refused else direct.differentiated(*given)
-        if losses is not None and directly == reduction:
-            return losses
-    else:
-        losses = None
-    if losses is None and routed(logits):
-        options = (float(label_smoothing), smoothing, float(z_loss), int(ignore_index))
-        losses = compiled.losses_and_statistics(logits, targets, *options)[0]
-    elif losses is None:
-        losses = _losses(logits, targets, label_smoothing, smoothing, z_loss, ignore_index, inplace_backward)
-    if reduction == "none":
-        return losses
-    total = losses.sum()
-    return total if reduction == "sum" else total / (targets != ignore_index).sum()
+    options = Options(label_smoothing, smoothing, z_loss, ignore_index)
+    # on a GPU, and where a call is an operator of torch, the sum over rows is torch's own
+    part = reduction if isinstance(logits, Tensor) and logits.is_cpu else "none"
+    loss = None if torch.compiler.is_compiling() else _directly(logits, targets, options, part, inplace_backward)
+    if loss is None and routed(logits):
+        part = "none"
+        numbers = Options(float(label_smoothing), smoothing, float(z_loss), int(ignore_index))
+        loss = compiled.losses_and_statistics(logits, targets, *numbers)[0]
+    elif loss is None:
+        loss = _the_long_way(logits, targets, options, part, inplace_backward)
+    if part == reduction:
+        return loss
+    return reduced(loss, reduction, (targets != ignore_index).sum() if reduction == "mean" else 0)
 
 
-def _losses(logits, targets, label_smoothing, smoothing, z_loss, ignore_index, inplace_backward) -> Tensor:
-    """The losses of all rows, in targets' shape."""
+def _directly(logits, targets, options: Options, reduction: str, inplace: bool) -> Tensor | None:
+    """The loss of a direct call; None where it is not for one."""
+    loss = _direct_call(logits, targets, *options, reduction, False)
+    if loss is not True:
+        return loss
+    if inplace and logits.is_leaf:
+        return None  # the long way says why that can't be
+    return differentiated.apply_directly(logits, targets, options, reduction, inplace, True)
+
+
+def _the_long_way(logits, targets, options: Options, reduction: str, inplace: bool) -> Tensor:
     check_tensors(logits, targets)
     vocabulary = logits.shape[-1]
-    rest = checked_options(vocabulary, label_smoothing, smoothing, z_loss, ignore_index)
-    check_range(targets, vocabulary, ignore_index)
-    rows = dense_last(logits).reshape(-1, vocabulary)
-    arguments = (rows, targets.reshape(-1), *rest)
+    checked_options(vocabulary, *options)
+    check_range(targets, vocabulary, options.ignore_index)
     wants_backward = torch.is_grad_enabled() and logits.requires_grad
-    if wants_backward and inplace_backward:
+    if wants_backward and inplace:
         require(not logits.is_leaf, "inplace_backward would overwrite logits that no operation made")
+        rows = dense_last(logits.detach()).reshape(-1, vocabulary)
         overlap = len(rows) > 1 and rows.stride(0) < vocabulary
         require(not overlap, "inplace_backward needs logits whose rows do not share memory")
     if wants_backward or forward_ad._current_level >= 0:  # forward-mode AD: autograd must see the call to refuse it
-        losses = _CrossEntropy.apply(*arguments, inplace_backward)
-    else:
-        losses = op.pick(*arguments).forward(*arguments)[0]
-    return losses.view(targets.shape)
+        return differentiated.apply(logits, targets, options, reduction, inplace, False)
+    return differentiated.losses(logits, targets, options, reduction)[1]
 
 
 def has_kernel(logits: Tensor) -> bool:

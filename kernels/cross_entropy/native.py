@@ -29,7 +29,7 @@ def backward(
 ):
     rows, vocabulary = logits.shape
     dlogits = logits if inplace else torch.empty_like(logits, memory_format=torch.contiguous_format)
-    targets = targets.contiguous()
+    targets, top, log_sum = targets.contiguous(), top.contiguous(), log_sum.contiguous()
     launch(
         *(ptr(dlosses), dlosses.stride(0), ptr(logits), logits.stride(0), ptr(targets), ptr(top), ptr(log_sum)),
         *(ptr(dlogits), dlogits.stride(0), rows, vocabulary, ignore_index, target_weight, every_weight, z_loss),

@@ -7,39 +7,19 @@ import math
 import torch
 from torch import Tensor
 
-from fused_transformer.kernels._autograd import once_differentiable
 from fused_transformer.kernels._checks import dense_last, require_dropout
 from fused_transformer.kernels._compile import routed
 from fused_transformer.kernels._dispatch import Op
 from fused_transformer.kernels._philox import seed_for
-from fused_transformer.kernels.embedding import compiled, direct
+from fused_transformer.kernels.embedding import compiled, differentiated
 from fused_transformer.kernels.embedding import positions as tables
 from fused_transformer.kernels.embedding.checks import check_tensors
-from fused_transformer.kernels.embedding.positions import Layout, Positions, make_positions, sinusoidal_positions
+from fused_transformer.kernels.embedding.positions import Layout, make_positions, sinusoidal_positions
 
 __all__ = ["embedding", "op", "sinusoidal_positions"]
 
 op = Op(__name__, order=("cuda", "triton", "cpu", "reference"))
-_direct_call = direct.forward
-
-
-class _Embedding(torch.autograd.Function):
-    """Shared by all backends. The table itself is not saved: its gradient does not depend on it."""
-
-    @staticmethod
-    def forward(ctx, table, tokens, positions: Positions | None, scale: float, padding_idx, dropout_p: float, seed):
-        backend = op.pick(tokens, table, positions, scale, padding_idx, dropout_p, seed)
-        out = backend.forward(tokens, table, positions, scale, padding_idx, dropout_p, seed)
-        ctx.save_for_backward(tokens, seed)
-        ctx.backend, ctx.rest = backend, (len(table), scale, padding_idx, dropout_p)
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dout):
-        tokens, seed = ctx.saved_tensors
-        dtable = ctx.backend.backward(dense_last(dout), tokens, *ctx.rest, seed)
-        return dtable, None, None, None, None, None, None
+_direct_call = differentiated.direct_call
 
 
 def embedding(
@@ -89,8 +69,7 @@ def embedding(
     if position_ids is None and not torch.compiler.is_compiling():
         out = _direct_call(tokens, table, positions, tables.TABLES, scale, start, padding_idx, dropout_p, seed)
         if out is True:
-            seed = seed_for(table, dropout_p, seed)
-            return direct.differentiated(table, tokens, positions, scale, start, padding_idx, dropout_p, seed)
+            return differentiated.directly(tokens, table, positions, scale, start, padding_idx, dropout_p, seed)
         if out is not None:
             return out
     if routed(table):
@@ -100,8 +79,9 @@ def embedding(
     require_dropout(dropout_p, seed, table.device)
     seed = seed_for(table, dropout_p, seed)
     scale = math.sqrt(table.shape[1]) if scale is None else float(scale)
-    rest = (chosen, scale, padding_idx, float(dropout_p), seed)
+    rest = (chosen, scale, padding_idx, float(dropout_p))
     table, tokens = dense_last(table), tokens.contiguous()
     if table.requires_grad and torch.is_grad_enabled():
-        return _Embedding.apply(table, tokens, *rest)
-    return op.pick(tokens, table, *rest).forward(tokens, table, *rest)  # decoding a token, autograd is half the time
+        return differentiated.apply(table, tokens, seed, *rest)
+    arguments = (tokens, table, *rest, seed)
+    return op.pick(*arguments).forward(*arguments)  # decoding a token, autograd is half the time

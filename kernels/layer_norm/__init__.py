@@ -29,16 +29,15 @@ class _LayerNorm(torch.autograd.Function):
         eps, dropout_p, rms, wants_total, wants_backward = options
         arguments: tuple = (x, residual, x_bias, weight, bias, seed, eps, dropout_p, rms)
         kept = _direct_call(*arguments, wants_total, True) if wants_backward else None
+        backend = None
         if kept is None:
             arguments += (wants_total or wants_backward, wants_backward)
             backend = op.pick(*arguments)
-            y, total, *statistics = backend.forward(*arguments)
-        else:
-            backend = None
-            y, total, *statistics = kept
+            kept = backend.forward(*arguments)
+        y, total, mean, rstd = kept
         if wants_backward:
             # without a residual, x_bias and dropout the total is x, and no backend copies it
-            ctx.save_for_backward(x if total is None else total, weight, seed, *statistics)
+            ctx.save_for_backward(x if total is None else total, weight, mean, rstd, seed)
             ctx.backend, ctx.dropout_p, ctx.rms = backend, dropout_p, rms
             ctx.param_dtypes = [None if p is None else p.dtype for p in (x_bias, weight, bias)]
             ctx.set_materialize_grads(False)
@@ -48,22 +47,18 @@ class _LayerNorm(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dy, dtotal=None):
-        total, weight, seed, *statistics = ctx.saved_tensors
-        wanted, backend = ctx.needs_input_grad, ctx.backend
+        total, weight, mean, rstd, seed = ctx.saved_tensors
+        given = (dy, dtotal, total, weight, mean, rstd, seed, ctx.dropout_p, ctx.rms)
         wide = torch.float32 in ctx.param_dtypes
-        if backend is None:
-            given = (dy, dtotal, total, weight, *statistics, seed, ctx.dropout_p, ctx.rms, wide, wanted)
-            gradients = _direct_backward(*given)
-            if gradients is not None:
-                return *gradients, None, None
-            backend = op.on(total)
-            statistics = [None, *statistics[0]] if ctx.rms else list(statistics[0])
-        dx, dresidual, dx_bias, dweight, dbias = wanted[:5]
-        wanted = Wanted(dx, dresidual, dx_bias, dweight and dy is not None, dbias and dy is not None)
-        given = (dy, dtotal, total, weight, *statistics, seed, ctx.dropout_p, ctx.rms)
-        dx, dresidual, *sums = backend.backward(*given, torch.float32 if wide else total.dtype, wanted)
-        sums = [s if s is None else s.to(dtype) for s, dtype in zip(sums, ctx.param_dtypes, strict=True)]
-        return dx, dresidual, *sums, None, None
+        gradients = _direct_backward(*given, wide, ctx.needs_input_grad) if ctx.backend is None else None
+        if gradients is None:
+            dx, dresidual, dx_bias, dweight, dbias = ctx.needs_input_grad[:5]
+            wanted = Wanted(dx, dresidual, dx_bias, dweight and dy is not None, dbias and dy is not None)
+            backend = ctx.backend or op.on(total)
+            dx, dresidual, *sums = backend.backward(*given, torch.float32 if wide else total.dtype, wanted)
+            sums = [s if s is None else s.to(dtype) for s, dtype in zip(sums, ctx.param_dtypes, strict=True)]
+            gradients = dx, dresidual, *sums
+        return *gradients, None, None
 
 
 _apply_directly = applied_directly(_LayerNorm)
@@ -211,10 +206,12 @@ def _run(x, residual, x_bias, weight, bias, seed, eps, dropout_p, *, rms: bool, 
     if routed(x):
         return compiled.layer_norm(x, residual, x_bias, weight, bias, seed, eps, dropout_p, rms, wants_total)
     if torch._C._is_any_autocast_enabled():
-        x, residual, x_bias, weight, bias = widened(x, residual, x_bias, weight, bias)
-        result = _directly(x, residual, x_bias, weight, bias, seed, eps, dropout_p, rms, wants_total)
-        if result is not None:
-            return result
+        tensors = widened(x, residual, x_bias, weight, bias)
+        if any(a is not b for a, b in zip(tensors, (x, residual, x_bias, weight, bias), strict=True)):
+            result = _directly(*tensors, seed, eps, dropout_p, rms, wants_total)
+            if result is not None:
+                return result
+        x, residual, x_bias, weight, bias = tensors
     x, residual = check_tensors(x, residual, x_bias, weight, bias)
     check_eps(eps)
     require_dropout(dropout_p, seed, x.device)

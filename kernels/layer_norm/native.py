@@ -70,6 +70,7 @@ def backward(
     dtotal_rows, dtotal_stride = rows(dtotal)
     total_rows, total_stride = rows(total)
     weight = _parameter(weight, param_dtype)
+    mean, rstd = (x if x is None else x.contiguous() for x in (mean, rstd))  # where a hook packed what was saved
     launch(
         *(ptr(dy_rows), dy_stride, ptr(dtotal_rows), dtotal_stride, total_rows.data_ptr(), total_stride),
         *(ptr(weight), ptr(mean), ptr(rstd), ptr(seed)),

@@ -27,15 +27,6 @@ pytestmark = [
 CALLS = {**test_direct.CALLS, **test_direct_gradients.CALLS}
 # A packed batch's longest sequence is on the GPU; the loss in chunks is products, a sum over rows torch's own.
 ELSEWHERE = ("packed", "linear_cross_entropy", "cross_entropy in all")
-# Where an op keeps its direct calls, and their names in the extension.
-NAMES = {
-    "_direct_call": "{}_direct",
-    "_direct_backward": "{}_backward_direct",
-    "direct.forward": "{}_direct",
-    "direct._backward": "{}_backward_direct",
-}
-
-
 def told_of_a_device(op: str, hopper: bool = False):
     """The emulated module of the op, connected with torch and with the emulator as device 0."""
     module = emulated.load(op)
@@ -48,8 +39,7 @@ def told_of_a_device(op: str, hopper: bool = False):
 
 @pytest.fixture
 def on_device(monkeypatch):
-    """Runs a function whose direct calls are those of a CUDA build. No backend may be chosen meanwhile, and where a
-    backward pass is not direct it is the emulated one."""
+    """Runs a function whose direct calls are those of a CUDA build. No backend may be chosen meanwhile."""
     if not emulated.installed():
         pytest.skip("the emulator needs a C++ compiler")
 
@@ -57,13 +47,16 @@ def on_device(monkeypatch):
         native = told_of_a_device(op, hopper)
         package = importlib.import_module(f"fused_transformer.kernels.{op}")
         with monkeypatch.context() as patch:
-            for place, name in NAMES.items():
-                holder, _, attribute = place.rpartition(".")
-                owner = getattr(package, holder, None) if holder else package
-                if hasattr(owner, attribute):
-                    patch.setattr(owner, attribute, getattr(native, name.format(op)))
+            for owner in (package, getattr(package, "differentiated", package)):
+                for attribute in ("direct_call", "_direct_call", "_direct_backward"):
+                    name = f"{op}_backward_direct" if "backward" in attribute else f"{op}_direct"
+                    if hasattr(owner, attribute):
+                        patch.setattr(owner, attribute, getattr(native, name))
             patch.setattr(Op, "pick", lambda op, *_: pytest.fail(f"{op.name} went the long way"))
-            patch.setattr(Op, "on", lambda op, _: op.module("cuda"))
+            if op == "embedding":  # its tokens must be sorted before a backward pass
+                patch.setattr(Op, "on", lambda op, _: op.module("cuda"))
+            else:
+                patch.setattr(Op, "on", lambda op, *_: pytest.fail(f"{op.name} went the long way backward"))
             return function()
 
     return run

@@ -1,0 +1,87 @@
+"""Attention as autograd sees it: one Function for direct calls (csrc/attention/bind_direct.cpp) and for all backends.
+
+Both ways save the same tensors, in the order and shapes of the call: a checkpoint's second forward pass may go the
+other way, if only because the first call of a process on a GPU never is direct.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fused_transformer.kernels import _direct
+from fused_transformer.kernels._autograd import applied_directly, once_differentiable
+from fused_transformer.kernels._checks import dense_last
+from fused_transformer.kernels._dispatch import OPS
+from fused_transformer.kernels._philox import seed_for
+from fused_transformer.kernels.attention.mask import Mask, make_mask
+
+direct_call = _direct.call("attention_direct")
+_direct_backward = _direct.call("attention_backward_direct")
+
+
+class Others(NamedTuple):
+    """The masks that are no operands, as the caller gave them."""
+
+    causal: object
+    window: tuple[int, int] | None
+    k_lengths: Tensor | None
+    q_offsets: Tensor | None
+    k_offsets: Tensor | None
+
+
+class _Attention(torch.autograd.Function):
+    """mask: what the long way made of keep, bias and others; None for a direct call."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, keep, bias, seed, others: Others, mask: Mask | None, scale: float, dropout_p: float):
+        both = backend = None
+        if mask is None:
+            both = direct_call(q, k, v, keep, bias, *others, scale, dropout_p, seed, True)
+        if both is None:
+            mask = _mask(q, k, keep, bias, others) if mask is None else mask
+            arguments = (q, k, v, mask, scale, dropout_p, seed)
+            backend = OPS["attention"].pick(*arguments)
+            both = backend.forward(*arguments)
+        out, lse = both
+        # the masks too, so that changing one in place before backward is an error
+        ctx.save_for_backward(q, k, v, keep, bias, seed, out, lse)
+        ctx.backend, ctx.others, ctx.mask, ctx.scale, ctx.dropout_p = backend, others, mask, scale, dropout_p
+        ctx.mark_non_differentiable(lse)
+        return out, lse
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dout, _dlse):
+        q, k, v, keep, bias, seed, out, lse = ctx.saved_tensors
+        backend, mask, wants_dbias = ctx.backend, ctx.mask, ctx.needs_input_grad[4]
+        gradients = None
+        if backend is None and not wants_dbias:
+            arguments = (q, k, v, keep, bias, *ctx.others, ctx.scale, ctx.dropout_p, seed)
+            gradients = _direct_backward(*arguments, dout, out, lse)
+        if gradients is not None:
+            return *gradients, None, None, None, None, None, None, None
+        backend = backend or OPS["attention"].on(q)
+        dout, q, k, v, out = (dense_last(x) for x in (dout, q, k, v, out))  # a hook may have packed them otherwise
+        mask = _mask(q, k, keep, bias, ctx.others) if mask is None else mask
+        rest = (mask, ctx.scale, ctx.dropout_p, seed, wants_dbias)
+        dq, dk, dv, dbias = backend.backward(dout, q, k, v, out, lse, *rest)
+        dbias = dbias.reshape(bias.shape) if wants_dbias else None
+        return dq, dk, dv, None, dbias, None, None, None, None, None
+
+
+_apply_directly = applied_directly(_Attention)
+
+
+def directly(q, k, v, keep, bias, causal, window, k_lengths, q_offsets, k_offsets, scale, dropout_p, seed):
+    """(out, lse) of a call of which `direct_call` said that a gradient is wanted."""
+    others = Others(causal, window, k_lengths, q_offsets, k_offsets)
+    scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
+    return _apply_directly(q, k, v, keep, bias, seed_for(q, dropout_p, seed), others, None, scale, float(dropout_p))
+
+
+def _mask(q: Tensor, k: Tensor, keep: Tensor | None, bias: Tensor | None, others: Others) -> Mask:
+    return make_mask(q, k, keep=keep, bias=bias, **others._asdict())
