@@ -143,11 +143,10 @@ constexpr int kInputs = 13;
 // attention_with_lse has them. What `args` holds afterwards is what all directions share, but for the scratch memory.
 bool parse(PyObject* const* arguments, Inputs& in, Attention& args) {
   bool* wanted = &in.differentiated;
-  if (!view(arguments[0], in.q, wanted) || !view(arguments[1], in.k, wanted) ||
-      !view(arguments[2], in.v, wanted) || !view_or_absent(arguments[3], in.keep) ||
-      !view_or_absent(arguments[4], in.bias, wanted) || !view_or_absent(arguments[7], in.k_lengths) ||
-      !view_or_absent(arguments[8], in.q_offsets) || !view_or_absent(arguments[9], in.k_offsets) ||
-      !dropout(arguments[11], arguments[12], in.drop))
+  if (!view(arguments[0], in.q, wanted) || !view(arguments[1], in.k, wanted) || !view(arguments[2], in.v, wanted) ||
+      !view_or_absent(arguments[3], in.keep) || !view_or_absent(arguments[4], in.bias, wanted) ||
+      !view_or_absent(arguments[7], in.k_lengths) || !view_or_absent(arguments[8], in.q_offsets) ||
+      !view_or_absent(arguments[9], in.k_offsets) || !dropout(arguments[11], arguments[12], in.drop))
     return false;
   const auto& [q, k, v, keep, bias, k_lengths, q_offsets, k_offsets, drop, differentiated] = in;
   if (!together({&q, &k, &v, &keep, &bias, &k_lengths, &q_offsets, &k_offsets, &drop.seed})) return false;

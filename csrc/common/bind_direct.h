@@ -126,8 +126,8 @@ struct Dropout {
 bool dropout(PyObject* p, PyObject* seed, Dropout& out);
 
 // Working memory of the calling thread on the CPU, kept for its next call. 64-byte aligned. To be asked for after all
-// else that may run Python: any allocation by torch may collect garbage, and a finaliser may call an op, which takes the
-// same memory or frees it for more.
+// else that may run Python: any allocation by torch may collect garbage, and a finaliser may call an op, which takes
+// the same memory or frees it for more.
 float* scratch(int64_t floats);
 
 // Working memory where x is, in `view`: on the CPU scratch(floats), or where that is more than a thread should keep,

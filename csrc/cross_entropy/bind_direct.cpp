@@ -92,8 +92,8 @@ PyObject* cross_entropy(PyObject* const* arguments) {
   return tuple({loss.tensor.get(), top.tensor.get(), log_sum.tensor.get(), count.get()});
 }
 
-// (dloss, logits, targets, top, log_sum, options, reduction, counted, into): what the forward pass kept; into: where the
-// gradient goes, or None. Returns it.
+// (dloss, logits, targets, top, log_sum, options, reduction, counted, into): what the forward pass kept; into: where
+// the gradient goes, or None. Returns it.
 PyObject* backward(PyObject* const* arguments) {
   View dloss, logits, targets, top, log_sum;
   Ref held(nullptr);

@@ -27,6 +27,8 @@ pytestmark = [
 CALLS = {**test_direct.CALLS, **test_direct_gradients.CALLS}
 # A packed batch's longest sequence is on the GPU; the loss in chunks is products, a sum over rows torch's own.
 ELSEWHERE = ("packed", "linear_cross_entropy", "cross_entropy in all")
+
+
 def told_of_a_device(op: str, hopper: bool = False):
     """The emulated module of the op, connected with torch and with the emulator as device 0."""
     module = emulated.load(op)
