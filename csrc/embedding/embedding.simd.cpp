@@ -110,8 +110,11 @@ void backward_rows(const EmbeddingBackward& a) {
     for (int64_t v = chunk * kVocabulary; v < last; ++v) {
       T* dtable = static_cast<T*>(a.dtable) + v * a.E;
       const int64_t begin = v == 0 ? 0 : a.ends[v - 1], end = a.ends[v];
-      if (begin == end) {  // whole rows of zeros, once
-        if (block == 0) std::memset(dtable, 0, size_t(a.E) * sizeof(T));
+      if (begin == end) {  // rows of zeros, as many as follow one another, once
+        int64_t next = v + 1;
+        while (next < last && a.ends[next] == end) ++next;
+        if (block == 0) std::memset(dtable, 0, size_t((next - v) * a.E) * sizeof(T));
+        v = next - 1;
         continue;
       }
       Vec sum[kParts] = {};

@@ -70,6 +70,10 @@ def cross_entropy(
         2022, arXiv:2204.02311, section 5.
     """
     check_reduction(reduction)
+    if not torch.compiler.is_compiling():
+        loss = _direct_call(logits, targets, label_smoothing, smoothing, z_loss, ignore_index, reduction, False)
+        if loss is not None and loss is not True:
+            return loss
     options = Options(label_smoothing, smoothing, z_loss, ignore_index)
     # on a GPU, and where a call is an operator of torch, the sum over rows is torch's own
     part = reduction if isinstance(logits, Tensor) and logits.is_cpu else "none"
@@ -86,7 +90,7 @@ def cross_entropy(
 
 
 def _directly(logits, targets, options: Options, reduction: str, inplace: bool) -> Tensor | None:
-    """The loss of a direct call; None where it is not for one."""
+    """The loss of a direct call, with a gradient if one is wanted; None where it is not for one."""
     loss = _direct_call(logits, targets, *options, reduction, False)
     if loss is not True:
         return loss

@@ -206,12 +206,12 @@ def _run(x, residual, x_bias, weight, bias, seed, eps, dropout_p, *, rms: bool, 
     if routed(x):
         return compiled.layer_norm(x, residual, x_bias, weight, bias, seed, eps, dropout_p, rms, wants_total)
     if torch._C._is_any_autocast_enabled():
-        tensors = widened(x, residual, x_bias, weight, bias)
-        if any(a is not b for a, b in zip(tensors, (x, residual, x_bias, weight, bias), strict=True)):
-            result = _directly(*tensors, seed, eps, dropout_p, rms, wants_total)
+        before = (x, residual, x_bias, weight, bias)
+        x, residual, x_bias, weight, bias = widened(*before)
+        if any(a is not b for a, b in zip(before, (x, residual, x_bias, weight, bias), strict=True)):
+            result = _directly(x, residual, x_bias, weight, bias, seed, eps, dropout_p, rms, wants_total)
             if result is not None:
                 return result
-        x, residual, x_bias, weight, bias = tensors
     x, residual = check_tensors(x, residual, x_bias, weight, bias)
     check_eps(eps)
     require_dropout(dropout_p, seed, x.device)
