@@ -150,7 +150,7 @@ def _binding(op: str, csrc: Path) -> Iterator[Object]:
     direct = csrc / op / "bind_direct.cpp"
     if direct.exists():
         register += (f"-DFT_DIRECT=add_{op}",)
-        for source in (direct, csrc / "common" / "bind_direct.cpp"):
+        for source in (direct, *sorted((csrc / "common").glob("bind_direct*.cpp"))):
             yield Object(source, flags, csrc, folders=folders, versions=versions)
     yield Object(EMULATOR / "module.cpp", register, csrc, f"module.{op}", folders, versions)
 

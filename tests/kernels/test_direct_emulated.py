@@ -92,7 +92,7 @@ def test_results_are_those_of_the_cuda_backend(name, dtype, on_device):
 @pytest.mark.parametrize("name", [name for name in test_direct_gradients.CALLS if name not in ELSEWHERE])
 def test_gradients_are_those_of_the_cuda_backend(name, dtype, on_device):
     function, arguments = CALLS[name][0], arguments_of(name, dtype)
-    names = test_direct_gradients.differentiable(name, arguments)
+    names = test_direct_gradients.differentiable(arguments)
     arguments = test_direct_gradients.leaves(arguments, names)
 
     def both() -> tuple:

@@ -1,20 +1,16 @@
-"""Direct calls where a gradient is wanted: forward and backward pass, measured against the long way round."""
+"""Direct calls where a gradient is wanted: forward and backward pass, measured against the long way round.
+
+What autograd has around them, checkpoints and hooks, is in test_direct_autograd.py.
+"""
 
 from __future__ import annotations
-
-import gc
-import importlib
-import sys
-import weakref
 
 import pytest
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
-from torch.utils.flop_counter import FlopCounterMode
 
 from fused_transformer import kernels
-from fused_transformer.kernels import _direct, use_backend
+from fused_transformer.kernels import _direct
 from fused_transformer.kernels._dispatch import Op, observe
 from tests.inputs import normal
 from tests.kernels import test_direct
@@ -68,7 +64,7 @@ def leaves(arguments: dict, names) -> dict:
     return {key: x.detach().clone().requires_grad_() if key in names else x for key, x in arguments.items()}
 
 
-def differentiable(name: str, arguments: dict) -> list[str]:
+def differentiable(arguments: dict) -> list[str]:
     return [key for key in arguments if key in INPUTS and not (key == "bias" and "q" in arguments)]
 
 
@@ -78,17 +74,6 @@ def gradients(result, arguments: dict, names, seed: int = 1) -> tuple[Tensor | N
     outputs = [x for x in tensors_of(result) if x.requires_grad]
     weights = [torch.randn_like(x) for x in outputs]
     return torch.autograd.grad(outputs, [arguments[key] for key in names], weights, allow_unused=True)
-
-
-@pytest.fixture
-def only_direct(monkeypatch):
-    """No backend may be chosen or asked for, neither forward nor backward."""
-
-    def long_way(op, *_args):
-        raise AssertionError(f"{op.name} went the long way")
-
-    monkeypatch.setattr(Op, "pick", long_way)
-    monkeypatch.setattr(Op, "on", long_way)
 
 
 @pytest.fixture
@@ -118,7 +103,7 @@ def test_results_and_gradients_are_those_of_the_long_way(name, both_ways):
     function, make = CALLS[name]
     torch.manual_seed(0)
     arguments = make()
-    both_ways(function, arguments, differentiable(name, arguments))
+    both_ways(function, arguments, differentiable(arguments))
 
 
 @pytest.mark.parametrize("name", CALLS)
@@ -126,7 +111,7 @@ def test_each_input_may_be_the_only_one_with_a_gradient(name, both_ways):
     function, make = CALLS[name]
     torch.manual_seed(0)
     arguments = make()
-    for key in differentiable(name, arguments):
+    for key in differentiable(arguments):
         both_ways(function, arguments, [key])
 
 
@@ -141,7 +126,7 @@ def test_sixteen_bits(name, wide, dtype, both_ways):
         key: x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() and not (wide and key in parameters) else x
         for key, x in make().items()
     }
-    both_ways(function, arguments, differentiable(name, arguments))
+    both_ways(function, arguments, differentiable(arguments))
 
 
 @pytest.mark.parametrize("rows", [1, 3, 4, 5, 63, 64, 65, 700])
@@ -162,12 +147,12 @@ def test_working_memory_beyond_what_a_thread_keeps(both_ways):
 def test_optional_arguments(left_out, both_ways):
     torch.manual_seed(0)
     seen = 0
-    for name, (function, make) in CALLS.items():
+    for function, make in CALLS.values():
         arguments = make()
         if left_out not in arguments:
             continue
         del arguments[left_out]
-        both_ways(function, arguments, differentiable(name, arguments))
+        both_ways(function, arguments, differentiable(arguments))
         seen += 1
     assert seen > 0
 
@@ -177,7 +162,7 @@ def test_upstream_gradients_of_any_layout(name, indirect):
     function, make = CALLS[name]
     torch.manual_seed(0)
     arguments = make()
-    names = differentiable(name, arguments)
+    names = differentiable(arguments)
     arguments = leaves(arguments, names)
     inputs = [arguments[key] for key in names]
     indirect(function, **arguments)
@@ -214,226 +199,11 @@ def test_a_seed_is_drawn_where_none_is_given(name):
         pytest.skip("drops nothing")
     results = []
     for long_way in (False, True):
-        given = leaves(arguments, differentiable(name, arguments))
+        given = leaves(arguments, differentiable(arguments))
         torch.manual_seed(7)
         with observe(lambda *_: None) if long_way else torch.enable_grad():
             results.append(function(**given))
     assert_same(*results)
-
-
-@pytest.mark.parametrize("name", CALLS)
-def test_once_differentiable(name):
-    function, make = CALLS[name]
-    torch.manual_seed(0)
-    arguments = make()
-    names = differentiable(name, arguments)
-    arguments = leaves(arguments, names)
-    outputs = [x for x in tensors_of(function(**arguments)) if x.requires_grad]
-    upstream = [torch.randn_like(x).requires_grad_() for x in outputs]
-    first = torch.autograd.grad(outputs, [arguments[key] for key in names], upstream, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        torch.autograd.grad(sum(x.square().sum() for x in first), upstream[0])
-
-
-@pytest.mark.parametrize("name", CALLS)
-def test_what_was_saved_may_not_be_changed(name):
-    function, make = CALLS[name]
-    torch.manual_seed(0)
-    arguments = make()
-    saved = {"q": "keep", "x": "x", "tokens": "tokens", "logits": "targets"}
-    first = next(key for key in saved if key in arguments)
-    changed = saved[first] if saved[first] in arguments else "q"
-    names = [key for key in differentiable(name, arguments) if key != changed]
-    if changed == "x" and ("residual" in arguments or arguments.get("activation") == "relu"):
-        pytest.skip("x is not saved")
-    arguments = leaves(arguments, names)
-    result = next(x for x in tensors_of(function(**arguments)) if x.requires_grad)
-    arguments[changed].zero_()
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        result.sum().backward()
-
-
-@pytest.mark.parametrize("name", CALLS)
-def test_nothing_is_kept_or_lost(name):
-    function, make = CALLS[name]
-    arguments = make()
-    names = differentiable(name, arguments)
-    arguments = leaves(arguments, names)
-    held = [x for x in arguments.values() if isinstance(x, Tensor)]
-
-    def step() -> list:
-        result = function(**arguments)
-        found = (*tensors_of(result), *gradients(result, arguments, names))
-        return [weakref.ref(x) for x in found if x is not None]
-
-    step()
-    gc.collect()
-    before = [sys.getrefcount(x) for x in held]
-    references = [reference for _ in range(20) for reference in step()]
-    assert [sys.getrefcount(x) for x in held] == before
-    assert all(reference() is None for reference in references)
-
-
-def test_checkpointing_makes_the_call_again(only_direct):
-    torch.manual_seed(0)
-    arguments = leaves(dropped(test_direct.added_norm), INPUTS)
-    names = [key for key in arguments if key in INPUTS]
-    plain = kernels.add_layer_norm(**arguments)
-    expected = gradients(plain, arguments, names)
-    again = checkpoint(lambda: kernels.add_layer_norm(**arguments), use_reentrant=False)
-    assert_same(gradients(again, arguments, names), expected)
-
-
-def test_a_mode_sees_the_backward_pass(monkeypatch):
-    """What looks on at operators when the gradient is taken finds what the long way does; the numbers are the same."""
-    torch.manual_seed(0)
-    arguments = leaves(attention(), "qkv")
-    out = kernels.attention(**arguments)
-    expected = torch.autograd.grad(out.sum(), [arguments[key] for key in "qkv"], retain_graph=True)
-    asked: list[str] = []
-    on = Op.on
-    monkeypatch.setattr(Op, "on", lambda op, x: (asked.append(op.name), on(op, x))[1])
-    with FlopCounterMode(display=False):
-        got = torch.autograd.grad(out.sum(), [arguments[key] for key in "qkv"])
-    assert asked == ["attention"]
-    assert_same(got, expected)
-
-
-@pytest.mark.parametrize("name", CALLS)
-def test_a_backward_pass_keeps_to_the_backend_of_the_forward_pass(name):
-    function, make = CALLS[name]
-    torch.manual_seed(0)
-    arguments = make()
-    names = differentiable(name, arguments)
-    arguments = leaves(arguments, names)
-    expected = gradients(function(**arguments), arguments, names)
-    result = function(**arguments)
-    with use_backend("reference"):
-        assert_same(gradients(result, arguments, names), expected)
-
-
-def home_of(function):
-    """The module that makes the op's direct calls with gradients."""
-    package = importlib.import_module(function.__module__)
-    return getattr(package, "differentiated", package)
-
-
-def direct_names(home) -> tuple[str, str]:
-    return ("direct_call" if hasattr(home, "direct_call") else "_direct_call"), "_direct_backward"
-
-
-@pytest.mark.parametrize("direction", ["forward", "backward"])
-@pytest.mark.parametrize("name", CALLS)
-def test_a_call_that_is_looked_at_halfway_goes_the_long_way(name, direction, monkeypatch):
-    """Another thread may begin to observe between the question whether a gradient is wanted and the call itself, or
-    between the forward and the backward pass."""
-    function, make = CALLS[name]
-    torch.manual_seed(0)
-    arguments = make()
-    names = differentiable(name, arguments)
-    arguments = leaves(arguments, names)
-    expected = function(**arguments)
-    expected_gradients = gradients(expected, arguments, names)
-    home = home_of(function)
-    attribute = direct_names(home)[direction == "backward"]
-    call, refused = getattr(home, attribute), []
-
-    def refusing(*args):
-        if torch.is_grad_enabled():
-            return call(*args)
-        refused.append(args)
-        return None
-
-    monkeypatch.setattr(home, attribute, refusing)
-    got = function(**arguments)
-    got_gradients = gradients(got, arguments, names)
-    assert refused
-    assert_same(got, expected)
-    assert_same(got_gradients, expected_gradients)
-
-
-@pytest.mark.parametrize("first_is_direct", [False, True])
-@pytest.mark.parametrize("name", CALLS)
-def test_a_checkpoint_may_go_the_other_way_the_second_time(name, first_is_direct):
-    """As on a GPU, where the first call of a process is never direct: both ways must save the same tensors."""
-    function, make = CALLS[name]
-    torch.manual_seed(0)
-    arguments = make()
-    names = differentiable(name, arguments)
-    arguments = leaves(arguments, names)
-    expected = gradients(function(**arguments), arguments, names)
-    times: list[None] = []
-
-    def call():
-        times.append(None)
-        looked_at = (len(times) == 1) != first_is_direct
-        with observe(lambda *_: None) if looked_at else torch.enable_grad():
-            return function(**arguments)
-
-    result = checkpoint(call, use_reentrant=False)
-    assert_same(gradients(result, arguments, names), expected)
-    assert len(times) == 2
-
-
-class Elsewhere:
-    """Saved tensors that come back in another layout, as from a buffer with a pitch."""
-
-    @staticmethod
-    def pack(x: Tensor) -> Tensor:
-        return x
-
-    @staticmethod
-    def unpack(x: Tensor) -> Tensor:
-        wide = torch.full((*x.shape, 2), 77, dtype=x.dtype)[..., 0]
-        return wide.copy_(x)
-
-
-@pytest.mark.parametrize("name", CALLS)
-def test_saved_tensors_may_come_back_in_another_layout(name):
-    function, make = CALLS[name]
-    torch.manual_seed(0)
-    arguments = make()
-    names = differentiable(name, arguments)
-    arguments = leaves(arguments, names)
-    expected = gradients(function(**arguments), arguments, names)
-    with torch.autograd.graph.saved_tensors_hooks(Elsewhere.pack, Elsewhere.unpack):
-        result = function(**arguments)
-    assert_same(gradients(result, arguments, names), expected)
-
-
-def test_garbage_that_calls_an_op_does_not_take_the_working_memory():
-    """A finaliser runs wherever torch allocates; under AddressSanitizer this test says more."""
-
-    class Garbage:
-        def __init__(self, size: int):
-            self.itself, self.size = self, size
-
-        def __del__(self):
-            with torch.no_grad():
-                kernels.cross_entropy(torch.ones(self.size, 3), torch.zeros(self.size, dtype=torch.int64))
-
-    torch.manual_seed(0)
-    x, weight, bias = (normal(*shape).requires_grad_() for shape in ((40, 64), (64,), (64,)))
-    y = kernels.layer_norm(x, weight, bias)
-    upstream = torch.ones_like(y)
-    expected = torch.autograd.grad(y, (x, weight, bias), upstream, retain_graph=True)
-    before = gc.get_threshold()
-    try:
-        gc.set_threshold(1)
-        for round in range(200):
-            Garbage(1000 + 500 * round)
-            assert_same(torch.autograd.grad(y, (x, weight, bias), upstream, retain_graph=True), expected)
-    finally:
-        gc.set_threshold(*before)
-
-
-def test_autocast_asks_without_copying():
-    """float32 queries, of which autocast would make others: to find that out no copy is made."""
-    q = normal(1, 2, 3, 8)
-    with torch.autocast("cpu", torch.bfloat16), torch.profiler.profile() as profile:
-        kernels.attention(q, q, q)
-    copies = sum(event.count for event in profile.key_averages() if event.key == "aten::to")
-    assert copies <= 3
 
 
 @pytest.mark.parametrize("name", CALLS)
