@@ -39,6 +39,20 @@ class _Unpacked:
         return getattr(self._ctx, name)
 
 
+_NOT_TRACED: dict[Callable, Callable] = {}
+
+
+def _not_traced(backward: Callable) -> Callable:
+    """`backward` for compiled autograd, to be called and not looked into.
+
+    Dynamo would cut it at the call of a kernel, and drop the tensors of which only the addresses are used behind the
+    cut: the kernel would write into memory that is free.
+    """
+    if backward not in _NOT_TRACED:
+        _NOT_TRACED[backward] = torch._dynamo.disable(backward)
+    return _NOT_TRACED[backward]
+
+
 def once_differentiable(backward: Callable) -> Callable:
     """What torch's decorator of that name does, for whoever asks for a second derivative.
 
@@ -49,6 +63,8 @@ def once_differentiable(backward: Callable) -> Callable:
 
     @wraps(backward)
     def checked(ctx, *gradients):
+        if torch.compiler.is_dynamo_compiling():
+            return _not_traced(backward)(ctx, *gradients)
         if not torch.is_grad_enabled():
             return backward(ctx, *gradients)
         ctx = _Unpacked(ctx)  # create_graph=True

@@ -10,15 +10,26 @@ import weakref
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo import compiled_autograd
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from fused_transformer import kernels
 from fused_transformer.kernels import _direct, use_backend
 from fused_transformer.kernels._dispatch import Op, observe
+from fused_transformer.kernels.attention import self_attention
 from tests.inputs import normal
-from tests.kernels.test_direct import added_norm
-from tests.kernels.test_direct_gradients import CALLS, INPUTS, attention, differentiable, dropped, gradients, leaves
+from tests.kernels.test_direct import added_norm, linear_entropy
+from tests.kernels.test_direct_gradients import (
+    CALLS,
+    INPUTS,
+    SEED,
+    attention,
+    differentiable,
+    dropped,
+    gradients,
+    leaves,
+)
 from tests.kernels.two_ways import assert_same, tensors_of
 
 pytestmark = pytest.mark.skipif(_direct.WHY_NONE is not None, reason=f"no direct calls: {_direct.WHY_NONE}")
@@ -248,3 +259,34 @@ def test_autocast_asks_without_copying():
         kernels.attention(q, q, q)
     copies = sum(event.count for event in profile.key_averages() if event.key == "aten::to")
     assert copies <= 3
+
+
+def of_qkv() -> dict:
+    return {"qkv": normal(2, 6, 3 * 2 * 16), "heads": 2, "causal": True, "dropout_p": 0.25, "seed": SEED}
+
+
+COMPILED = {name: CALLS[name] for name in ("attention", "add_layer_norm", "embedding", "gelu", "cross_entropy")}
+COMPILED |= {"self_attention": (self_attention, of_qkv), "in chunks": (kernels.linear_cross_entropy, linear_entropy)}
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch looks at it itself
+@pytest.mark.parametrize("long_way", [False, True])
+@pytest.mark.parametrize("name", COMPILED)
+def test_compiled_autograd_does_not_look_into_a_backward_pass(name, long_way):
+    """It would free what a kernel still works on, which no result need show: the process may just end."""
+    function, make = COMPILED[name]
+    torch.manual_seed(0)
+    arguments = make()
+    names = [*differentiable(arguments), *(key for key in ("qkv", "hidden") if key in arguments)]
+    arguments = leaves(arguments, names)
+    with observe(lambda *_: None) if long_way else torch.enable_grad():
+        result = next(x for x in tensors_of(function(**arguments)) if x.requires_grad)
+    upstream = torch.randn_like(result)
+    inputs = [arguments[key] for key in names]
+    expected = torch.autograd.grad(result, inputs, upstream, retain_graph=True)
+    for _ in range(3):
+        for x in inputs:
+            x.grad = None
+        with compiled_autograd._enable(torch.compile(backend="eager")):
+            result.backward(upstream, retain_graph=True, inputs=inputs)
+        assert_same(tuple(x.grad for x in inputs), expected)
