@@ -14,9 +14,7 @@ torch.autocast dtypes are those that torch's own functions would give (_autocast
 """
 
 from fused_transformer.kernels._dispatch import BACKENDS, OPS, observe, use_backend
-from fused_transformer.kernels._dispatch import (
-    forced_backend as forced_backend,
-)  # what use_backend forces here, or None
+from fused_transformer.kernels._dispatch import forced_backend as forced_backend  # for the floor above
 from fused_transformer.kernels._philox import new_seed
 from fused_transformer.kernels.attention import attention, attention_weights, attention_with_lse
 from fused_transformer.kernels.bias_act import bias_act

@@ -222,7 +222,7 @@ def self_attention(
     if not routed(qkv):
         if dropout_p != 0.0:
             require_dropout(dropout_p, seed, qkv.device)
-            seed = new_seed(qkv.device) if seed is None else seed  # out and weights get the same
+            seed = seed_for(qkv, dropout_p, seed)  # out and weights get the same
         differentiated = _differentiated(qkv)
         if undisturbed() and together.takes(qkv, heads, differentiated):
             options = (heads, bool(causal), weights, batch_first, dropout_p, seed)

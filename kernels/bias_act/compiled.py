@@ -7,17 +7,14 @@ import torch
 from fused_transformer.kernels._checks import require_dropout
 from fused_transformer.kernels._compile import absent, operator
 from fused_transformer.kernels._dispatch import OPS
-from fused_transformer.kernels._philox import new_seed
+from fused_transformer.kernels._philox import seed_for
 from fused_transformer.kernels.bias_act import reference
 from fused_transformer.kernels.bias_act.checks import check
 
 
 def bias_act(x, bias, seed, activation, dropout_p):
     """`bias_act` as one node."""
-    if dropout_p == 0.0:
-        seed = None
-    elif seed is None:
-        seed = new_seed(x.device)
+    seed = seed_for(x, dropout_p, seed)
     return _bias_act(x, bias, seed, activation, dropout_p)
 
 

@@ -70,14 +70,19 @@ def cross_entropy(
         2022, arXiv:2204.02311, section 5.
     """
     check_reduction(reduction)
-    if not torch.compiler.is_compiling():
-        loss = _direct_call(logits, targets, label_smoothing, smoothing, z_loss, ignore_index, reduction, False)
-        if loss is not None and loss is not True:
-            return loss
-    options = Options(label_smoothing, smoothing, z_loss, ignore_index)
     # on a GPU, and where a call is an operator of torch, the sum over rows is torch's own
     part = reduction if isinstance(logits, Tensor) and logits.is_cpu else "none"
-    loss = None if torch.compiler.is_compiling() else _directly(logits, targets, options, part, inplace_backward)
+    loss = None
+    if not torch.compiler.is_compiling():
+        loss = _direct_call(logits, targets, label_smoothing, smoothing, z_loss, ignore_index, part, False)
+        if loss is not None and loss is not True and part == reduction:
+            return loss
+    options = Options(label_smoothing, smoothing, z_loss, ignore_index)
+    if loss is True:  # a gradient is wanted
+        # of logits that no operation made the long way says why they can't be overwritten
+        refused = inplace_backward and logits.is_leaf
+        given = (logits, targets, options, part, inplace_backward, True)
+        loss = None if refused else differentiated.apply_directly(*given)
     if loss is None and routed(logits):
         part = "none"
         numbers = Options(float(label_smoothing), smoothing, float(z_loss), int(ignore_index))
@@ -87,16 +92,6 @@ def cross_entropy(
     if part == reduction:
         return loss
     return reduced(loss, reduction, (targets != ignore_index).sum() if reduction == "mean" else 0)
-
-
-def _directly(logits, targets, options: Options, reduction: str, inplace: bool) -> Tensor | None:
-    """The loss of a direct call, with a gradient if one is wanted; None where it is not for one."""
-    loss = _direct_call(logits, targets, *options, reduction, False)
-    if loss is not True:
-        return loss
-    if inplace and logits.is_leaf:
-        return None  # the long way says why that can't be
-    return differentiated.apply_directly(logits, targets, options, reduction, inplace, True)
 
 
 def _the_long_way(logits, targets, options: Options, reduction: str, inplace: bool) -> Tensor:

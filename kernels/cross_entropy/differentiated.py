@@ -62,8 +62,7 @@ class _CrossEntropy(torch.autograd.Function):
             backend = backend or OPS["cross_entropy"].on(logits)
             dlosses = dloss / ctx.counted if ctx.reduction == "mean" else dloss
             dlosses = dlosses.expand(targets.shape).reshape(-1)
-            operands = _operands(logits.detach(), targets, ctx.options)
-            rows, flat, *weights = operands
+            rows, flat, *weights = _operands(logits.detach(), targets, ctx.options)
             dlogits = backend.backward(dlosses, rows, flat, *statistics, *weights, ctx.inplace).view(logits.shape)
         if ctx.inplace:  # whoever else saved the logits for a backward pass now gets an error, not the gradient
             torch.autograd.graph.increment_version(logits)

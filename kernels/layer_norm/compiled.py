@@ -9,7 +9,7 @@ from fused_transformer.kernels._autocast import widened
 from fused_transformer.kernels._checks import require_dropout
 from fused_transformer.kernels._compile import absent, operator
 from fused_transformer.kernels._dispatch import OPS
-from fused_transformer.kernels._philox import new_seed
+from fused_transformer.kernels._philox import seed_for
 from fused_transformer.kernels.layer_norm import reference
 from fused_transformer.kernels.layer_norm.checks import Wanted, check_eps, check_tensors
 
@@ -20,10 +20,7 @@ def layer_norm(x, residual, x_bias, weight, bias, seed, eps, dropout_p, rms, wan
     if residual is not None and residual.dtype != x.dtype:
         wider = torch.promote_types(x.dtype, residual.dtype)
         x, residual = x.to(wider), residual.to(wider)
-    if dropout_p == 0.0:
-        seed = None
-    elif seed is None:
-        seed = new_seed(x.device)
+    seed = seed_for(x, dropout_p, seed)
     tensors = (x, residual, x_bias, weight, bias)
     wants_backward = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     y, total, _, _ = _layer_norm(*tensors, seed, eps, dropout_p, rms, wants_total, wants_backward)

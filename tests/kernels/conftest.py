@@ -6,7 +6,7 @@ import importlib
 
 import pytest
 
-from fused_transformer.kernels._dispatch import Op
+from tests.kernels.two_ways import forbid_the_long_way
 
 
 @pytest.fixture
@@ -28,11 +28,8 @@ def direct(monkeypatch):
     """Runs a function that must not choose a backend, which the long way does."""
 
     def run(function, **kwargs):
-        def pick(op, *_args):
-            raise AssertionError(f"{op.name} went the long way")
-
         with monkeypatch.context() as patch:
-            patch.setattr(Op, "pick", pick)
+            forbid_the_long_way(patch, "pick")
             return function(**kwargs)
 
     return run

@@ -6,6 +6,7 @@ import gc
 import importlib
 import sys
 import weakref
+from types import ModuleType
 
 import pytest
 import torch
@@ -29,30 +30,16 @@ from tests.kernels.test_direct_gradients import (
     dropped,
     gradients,
     leaves,
+    prepared,
 )
-from tests.kernels.two_ways import assert_same, tensors_of
+from tests.kernels.two_ways import assert_same, forbid_the_long_way, tensors_of
 
 pytestmark = pytest.mark.skipif(_direct.WHY_NONE is not None, reason=f"no direct calls: {_direct.WHY_NONE}")
 
 
-@pytest.fixture
-def only_direct(monkeypatch):
-    """No backend may be chosen or asked for, neither forward nor backward."""
-
-    def long_way(op, *_args):
-        raise AssertionError(f"{op.name} went the long way")
-
-    monkeypatch.setattr(Op, "pick", long_way)
-    monkeypatch.setattr(Op, "on", long_way)
-
-
 @pytest.mark.parametrize("name", CALLS)
 def test_once_differentiable(name):
-    function, make = CALLS[name]
-    torch.manual_seed(0)
-    arguments = make()
-    names = differentiable(arguments)
-    arguments = leaves(arguments, names)
+    function, arguments, names = prepared(name)
     outputs = [x for x in tensors_of(function(**arguments)) if x.requires_grad]
     upstream = [torch.randn_like(x).requires_grad_() for x in outputs]
     first = torch.autograd.grad(outputs, [arguments[key] for key in names], upstream, create_graph=True)
@@ -80,10 +67,7 @@ def test_what_was_saved_may_not_be_changed(name):
 
 @pytest.mark.parametrize("name", CALLS)
 def test_nothing_is_kept_or_lost(name):
-    function, make = CALLS[name]
-    arguments = make()
-    names = differentiable(arguments)
-    arguments = leaves(arguments, names)
+    function, arguments, names = prepared(name)
     held = [x for x in arguments.values() if isinstance(x, Tensor)]
 
     def step() -> list:
@@ -99,7 +83,8 @@ def test_nothing_is_kept_or_lost(name):
     assert all(reference() is None for reference in references)
 
 
-def test_checkpointing_makes_the_call_again(only_direct):
+def test_checkpointing_makes_the_call_again(monkeypatch):
+    forbid_the_long_way(monkeypatch)
     torch.manual_seed(0)
     arguments = leaves(dropped(added_norm), INPUTS)
     names = [key for key in arguments if key in INPUTS]
@@ -126,25 +111,20 @@ def test_a_mode_sees_the_backward_pass(monkeypatch):
 
 @pytest.mark.parametrize("name", CALLS)
 def test_a_backward_pass_keeps_to_the_backend_of_the_forward_pass(name):
-    function, make = CALLS[name]
-    torch.manual_seed(0)
-    arguments = make()
-    names = differentiable(arguments)
-    arguments = leaves(arguments, names)
+    function, arguments, names = prepared(name)
     expected = gradients(function(**arguments), arguments, names)
     result = function(**arguments)
     with use_backend("reference"):
         assert_same(gradients(result, arguments, names), expected)
 
 
-def home_of(function):
-    """The module that makes the op's direct calls with gradients."""
+def direct_name(function, direction: str) -> tuple[ModuleType, str]:
+    """The module that makes an op's direct calls with gradients, and its name for those of this direction."""
     package = importlib.import_module(function.__module__)
-    return getattr(package, "differentiated", package)
-
-
-def direct_names(home) -> tuple[str, str]:
-    return ("direct_call" if hasattr(home, "direct_call") else "_direct_call"), "_direct_backward"
+    home = getattr(package, "differentiated", package)
+    if direction == "backward":
+        return home, "_direct_backward"
+    return home, "direct_call" if hasattr(home, "direct_call") else "_direct_call"
 
 
 @pytest.mark.parametrize("direction", ["forward", "backward"])
@@ -152,15 +132,10 @@ def direct_names(home) -> tuple[str, str]:
 def test_a_call_that_is_looked_at_halfway_goes_the_long_way(name, direction, monkeypatch):
     """Another thread may begin to observe between the question whether a gradient is wanted and the call itself, or
     between the forward and the backward pass."""
-    function, make = CALLS[name]
-    torch.manual_seed(0)
-    arguments = make()
-    names = differentiable(arguments)
-    arguments = leaves(arguments, names)
+    function, arguments, names = prepared(name)
     expected = function(**arguments)
     expected_gradients = gradients(expected, arguments, names)
-    home = home_of(function)
-    attribute = direct_names(home)[direction == "backward"]
+    home, attribute = direct_name(function, direction)
     call, refused = getattr(home, attribute), []
 
     def refusing(*args):
@@ -181,11 +156,7 @@ def test_a_call_that_is_looked_at_halfway_goes_the_long_way(name, direction, mon
 @pytest.mark.parametrize("name", CALLS)
 def test_a_checkpoint_may_go_the_other_way_the_second_time(name, first_is_direct):
     """As on a GPU, where the first call of a process is never direct: both ways must save the same tensors."""
-    function, make = CALLS[name]
-    torch.manual_seed(0)
-    arguments = make()
-    names = differentiable(arguments)
-    arguments = leaves(arguments, names)
+    function, arguments, names = prepared(name)
     expected = gradients(function(**arguments), arguments, names)
     times: list[None] = []
 
@@ -200,28 +171,16 @@ def test_a_checkpoint_may_go_the_other_way_the_second_time(name, first_is_direct
     assert len(times) == 2
 
 
-class Elsewhere:
-    """Saved tensors that come back in another layout, as from a buffer with a pitch."""
-
-    @staticmethod
-    def pack(x: Tensor) -> Tensor:
-        return x
-
-    @staticmethod
-    def unpack(x: Tensor) -> Tensor:
-        wide = torch.full((*x.shape, 2), 77, dtype=x.dtype)[..., 0]
-        return wide.copy_(x)
+def apart(x: Tensor) -> Tensor:
+    """The same numbers in another layout, as from a buffer with a pitch."""
+    return torch.full((*x.shape, 2), 77, dtype=x.dtype)[..., 0].copy_(x)
 
 
 @pytest.mark.parametrize("name", CALLS)
 def test_saved_tensors_may_come_back_in_another_layout(name):
-    function, make = CALLS[name]
-    torch.manual_seed(0)
-    arguments = make()
-    names = differentiable(arguments)
-    arguments = leaves(arguments, names)
+    function, arguments, names = prepared(name)
     expected = gradients(function(**arguments), arguments, names)
-    with torch.autograd.graph.saved_tensors_hooks(Elsewhere.pack, Elsewhere.unpack):
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: x, apart):
         result = function(**arguments)
     assert_same(gradients(result, arguments, names), expected)
 

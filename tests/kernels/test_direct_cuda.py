@@ -11,11 +11,10 @@ from torch import Tensor
 
 from fused_transformer import kernels
 from fused_transformer.kernels import _direct, _native, use_backend
-from fused_transformer.kernels._dispatch import Op
 from tests.inputs import normal
 from tests.kernels import test_direct_gradients
 from tests.kernels.test_direct import CALLS
-from tests.kernels.two_ways import assert_same, tensors_of
+from tests.kernels.two_ways import assert_same, forbid_the_long_way, tensors_of
 
 pytestmark = [
     pytest.mark.gpu,
@@ -35,11 +34,6 @@ def arguments_of(name: str, dtype: torch.dtype, calls=CALLS) -> dict:
     cast = {key for key, x in made.items() if isinstance(x, Tensor) and x.is_floating_point() and key != "addend"}
     moved = {key: x.to(dtype) if key in cast else x for key, x in made.items()}
     return {key: x.cuda() if isinstance(x, Tensor) else x for key, x in moved.items()}
-
-
-def forbid_the_long_way_back(monkeypatch) -> None:
-    """From now on a backward pass must be direct."""
-    monkeypatch.setattr(Op, "on", lambda op, *_: pytest.fail(f"{op.name} went the long way backward"))
 
 
 @pytest.fixture(autouse=True)
@@ -72,7 +66,7 @@ def test_gradients_are_those_of_the_long_way(name, dtype, direct, monkeypatch):
     with use_backend("cuda"):
         expected = both(**arguments)
     if name != "embedding":  # its tokens must be sorted before a backward pass
-        forbid_the_long_way_back(monkeypatch)
+        forbid_the_long_way(monkeypatch, "on")
     assert_same(direct(both, **arguments), expected)
 
 
@@ -93,7 +87,7 @@ def test_attention_gradients_of_longer_sequences(dtype, lengths, heads, direct, 
 
     with use_backend("cuda"):
         expected = gradients()
-    forbid_the_long_way_back(monkeypatch)
+    forbid_the_long_way(monkeypatch, "on")
     assert_same(direct(gradients), expected)
 
 
@@ -112,7 +106,7 @@ def test_gradients_under_autocast_are_direct(direct, monkeypatch):
     with use_backend("cuda"):
         expected = gradients()
     assert expected[0].dtype == torch.float32 and expected[1].dtype == torch.bfloat16
-    forbid_the_long_way_back(monkeypatch)
+    forbid_the_long_way(monkeypatch, "on")
     assert_same(direct(gradients), expected)
 
 

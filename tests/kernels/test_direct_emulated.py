@@ -18,7 +18,7 @@ from fused_transformer.kernels._dispatch import Op
 from tests import emulated
 from tests.inputs import normal, running_on
 from tests.kernels import test_direct, test_direct_gradients
-from tests.kernels.two_ways import assert_same, tensors_of
+from tests.kernels.two_ways import assert_same, forbid_the_long_way, tensors_of
 
 pytestmark = [
     pytest.mark.skipif(_direct.WHY_NONE is not None, reason=f"no direct calls: {_direct.WHY_NONE}"),
@@ -54,11 +54,9 @@ def on_device(monkeypatch):
                     name = f"{op}_backward_direct" if "backward" in attribute else f"{op}_direct"
                     if hasattr(owner, attribute):
                         patch.setattr(owner, attribute, getattr(native, name))
-            patch.setattr(Op, "pick", lambda op, *_: pytest.fail(f"{op.name} went the long way"))
+            forbid_the_long_way(patch)
             if op == "embedding":  # its tokens must be sorted before a backward pass
                 patch.setattr(Op, "on", lambda op, _: op.module("cuda"))
-            else:
-                patch.setattr(Op, "on", lambda op, *_: pytest.fail(f"{op.name} went the long way backward"))
             return function()
 
     return run

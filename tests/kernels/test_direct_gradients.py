@@ -5,16 +5,18 @@ What autograd has around them, checkpoints and hooks, is in test_direct_autograd
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
 
 from fused_transformer import kernels
 from fused_transformer.kernels import _direct
-from fused_transformer.kernels._dispatch import Op, observe
+from fused_transformer.kernels._dispatch import observe
 from tests.inputs import normal
 from tests.kernels import test_direct
-from tests.kernels.two_ways import assert_same, tensors_of
+from tests.kernels.two_ways import assert_same, forbid_the_long_way, tensors_of
 
 pytestmark = pytest.mark.skipif(_direct.WHY_NONE is not None, reason=f"no direct calls: {_direct.WHY_NONE}")
 
@@ -68,6 +70,15 @@ def differentiable(arguments: dict) -> list[str]:
     return [key for key in arguments if key in INPUTS and not (key == "bias" and "q" in arguments)]
 
 
+def prepared(name: str) -> tuple[Callable, dict, list[str]]:
+    """The function of CALLS, its arguments, and the names of those that are leaves."""
+    function, make = CALLS[name]
+    torch.manual_seed(0)
+    arguments = make()
+    names = differentiable(arguments)
+    return function, leaves(arguments, names), names
+
+
 def gradients(result, arguments: dict, names, seed: int = 1) -> tuple[Tensor | None, ...]:
     """Of a weighted sum of the outputs, with respect to `names`."""
     torch.manual_seed(seed)
@@ -87,8 +98,7 @@ def both_ways(indirect, monkeypatch):
         expected = indirect(function, **arguments)
         expected_gradients = gradients(expected, arguments, names)
         with monkeypatch.context() as patch:
-            for way in ("pick", "on"):
-                patch.setattr(Op, way, lambda op, *_: pytest.fail(f"{op.name} went the long way"))
+            forbid_the_long_way(patch)
             got = function(**arguments)
             got_gradients = gradients(got, arguments, names)
         assert_same(got, expected)

@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import Tensor
 from torch.testing import assert_close
+
+from fused_transformer.kernels._dispatch import Op
+
+
+def forbid_the_long_way(patch: pytest.MonkeyPatch, *ways: str) -> None:
+    """From now on no backend may be chosen ("pick"), or asked for by a backward pass ("on"); default: neither."""
+    for way in ways or ("pick", "on"):
+        patch.setattr(Op, way, lambda op, *_: pytest.fail(f"{op.name} went the long way"))
 
 
 def integers(*numbers: int) -> Tensor:
