@@ -183,7 +183,7 @@ PyObject* attention(PyObject* const* arguments) {
   AttentionForward args;
   if (!parse(arguments, in, args) || !ready() || !autocast_keeps(arguments[0])) return nullptr;
   if (in.differentiated) return Py_NewRef(Py_True);
-  if (in.drop.p > 0.0 && !in.drop.seed.given()) return nullptr;
+  if (in.drop.lacks_seed()) return nullptr;
 
   const View& q = in.q;
   const bool wants_lse = arguments[kInputs] == Py_True;
@@ -230,7 +230,7 @@ PyObject* backward(PyObject* const* arguments) {
       !lse.is_dense(Element::f32, q.count() / args.D) || !together({&q, &dout, &out, &lse}))
     return nullptr;
   if (q.on_cpu() && (args.dtype != DType::f32 || args.D % 16 != 0)) return nullptr;
-  if (in.drop.p > 0.0 && !in.drop.seed.given()) return nullptr;
+  if (in.drop.lacks_seed()) return nullptr;
   if (!ready_for_backward()) return nullptr;
 
   const Output dq = empty_like(arguments[0], false), dk = empty_like(arguments[1], false);

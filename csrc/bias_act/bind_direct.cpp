@@ -35,7 +35,7 @@ PyObject* bias_act(PyObject* const* arguments) {
     return nullptr;
   if (!together({&x, &bias, &drop.seed}) || !is_rows(x) || (bias.given() && !fits(bias, x)) || !ready()) return nullptr;
   if (differentiated) return Py_NewRef(Py_True);
-  if (drop.p > 0.0 && !drop.seed.given()) return nullptr;
+  if (drop.lacks_seed()) return nullptr;
 
   Output y = empty_like(arguments[0], true);
   args.N = x.last(), args.M = x.count() / args.N;

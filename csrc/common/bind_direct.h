@@ -119,6 +119,7 @@ bool dense_view(PyObject* tensor, View& out, Ref& held);
 struct Dropout {
   double p = 0.0;
   View seed;  // given where p > 0, except in a forward pass that will be made again with one
+  bool lacks_seed() const { return p > 0.0 && !seed.given(); }
   const int64_t* data() const { return p > 0.0 ? static_cast<const int64_t*>(seed.data) : nullptr; }
   uint32_t threshold() const;  // see kernels/_philox.py
   float scale() const;

@@ -54,7 +54,7 @@ PyObject* embedding(PyObject* const* arguments) {
   if (placed ? held.get() == nullptr : args.start != 0) return nullptr;
   if (!ready()) return nullptr;
   if (differentiated) return Py_NewRef(Py_True);
-  if (drop.p > 0.0 && !drop.seed.given()) return nullptr;
+  if (drop.lacks_seed()) return nullptr;
 
   std::vector<int64_t> shape(tokens.shape, tokens.shape + tokens.ndim);
   shape.push_back(args.E);

@@ -39,7 +39,7 @@ PyObject* layer_norm(PyObject* const* arguments) {
   const bool wide = x.element == Element::f32 && parameters == Element::f32;
   if (!ready() || !(wide || x.on_cpu() || no_autocast())) return nullptr;
   if (differentiated) return Py_NewRef(Py_True);
-  if (drop.p > 0.0 && !drop.seed.given()) return nullptr;
+  if (drop.lacks_seed()) return nullptr;
 
   const bool rms = arguments[8] == Py_True;
   const bool is_sum = residual.given() || x_bias.given() || drop.p > 0.0;
