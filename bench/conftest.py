@@ -52,6 +52,11 @@ class Pace:
     stray_rounds: int  # before the first that counts: they also say how long a round takes
     least_rounds: int
 
+    def rounds(self, one_round: float) -> int:
+        """How many, if one takes so many seconds. Of what takes a row's time in one round there are three."""
+        least = self.least_rounds if one_round < self.row_seconds else min(3, self.least_rounds)
+        return max(least, min(200, int(self.row_seconds / one_round)))
+
 
 def pytest_addoption(parser):
     group = parser.getgroup("bench")
@@ -170,10 +175,13 @@ def compare(benchmark, request, device):
 
 def _rounds(own, others: Interleaved, pace: Pace) -> int:
     stray = Interleaved({"own": own, **others.implementations}, others.args)
+    one_round = 0.0
     for _ in range(pace.stray_rounds):
         stray.round()
-    one_round = sum(times[-1] for times in stray.times.values())
-    return max(pace.least_rounds, min(200, int(pace.row_seconds / one_round)))
+        one_round = sum(times[-1] for times in stray.times.values())
+        if one_round >= pace.row_seconds:  # all of it is warm by now, and another would tell no more
+            break
+    return pace.rounds(one_round)
 
 
 def _rates(median_us: float, bytes_moved, flops, tokens, dtype: str) -> dict:

@@ -60,7 +60,7 @@ def rates(threads: int) -> dict[str, float]:
     torch.set_num_threads(threads)
     memory, square = torch.ones(2**26), torch.randn(1024, 1024)
     read = min(seconds(torch.sum, (memory,)) for _ in range(7))
-    products = [torch.mm, matmul.product] if matmul.QUICKER else [torch.mm]
+    products = [torch.mm, matmul.product] if torch.float32 in matmul.QUICKER else [torch.mm]
     product = min(seconds(product, (square, square)) for product in products for _ in range(7))
     return {"read_bytes": 4 * memory.numel() / read, "operations": 2 * 1024**3 / product}
 

@@ -32,7 +32,7 @@ def report() -> str:
         "machine": _machine(),
         "cpu kernels": _cpu(),
         "direct calls": "yes" if _direct.WHY_NONE is None else f"no: {_direct.WHY_NONE}",
-        "float32 products": "this package's own" if matmul.QUICKER else "torch's",
+        "products": _products(),
         "cuda kernels": _cuda(),
         "cuda device": _device(),
         "hopper attention": _hopper_attention(),
@@ -90,6 +90,12 @@ def _cpu() -> str:
     except ImportError as error:
         return f"none: {error}"
     return f"{library.isa()}, {library.cpu_threads()} threads"
+
+
+def _products() -> str:
+    """Whose products of matrices the layers take on the CPU."""
+    own = sorted(str(dtype).removeprefix("torch.") for dtype in matmul.QUICKER)
+    return f"this package's own in {', '.join(own)}, else torch's" if own else "torch's"
 
 
 def _cuda() -> str:

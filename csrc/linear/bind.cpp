@@ -62,13 +62,14 @@ void register_linear(py::module_& m) {
         cpu::linear(arguments(weight, M, x, bias, residual, y, activation, multiplier, scratch));
       },
       release());
-  m.def("matmul_is_quicker", &cpu::matmul_is_quicker, "Whether matmul is quicker than torch's product here.");
+  m.def("matmul_is_quicker", &cpu::matmul_is_quicker, "Whether matmul is quicker than torch's float32 product here.");
   m.def(
       "matmul",
-      [](const std::array<int64_t, 3>& sizes, const Matrix& x, const Matrix& w, uintptr_t bias, const Rows& addend,
-         const Rows& y) {
+      [](const std::array<int64_t, 3>& sizes, int dtype, const Matrix& x, const Matrix& w, uintptr_t bias,
+         const Rows& addend, int y_dtype, const Rows& y) {
         cpu::Matmul args;
         args.M = sizes[0], args.N = sizes[1], args.K = sizes[2];
+        args.dtype = static_cast<DType>(dtype), args.y_dtype = static_cast<DType>(y_dtype);
         args.x = {at(uintptr_t(x[0])), x[1], x[2]};
         args.w = {at(uintptr_t(w[0])), w[1], w[2]};
         args.bias = at(bias);

@@ -2,6 +2,8 @@
 
 #include "matmul.h"
 
+#include <memory>
+
 #include "../common/check.h"
 #include "parts.h"
 
@@ -15,8 +17,15 @@ void matmul(const Matmul& args) {
   FT_REQUIRE(args.M >= 0 && args.N >= 0 && args.K >= 1, "sizes must not be negative, nor K 0");
   FT_REQUIRE((args.x.row == 1 || args.x.column == 1) && (args.w.row == 1 || args.w.column == 1),
              "the rows or the columns of a matrix must be contiguous");
+  FT_REQUIRE(args.y_dtype == DType::f32 || args.y_dtype == args.dtype, "y must be float32 or of the dtype of x and w");
   if (args.M == 0 || args.N == 0) return;
-  FT_DISPATCH_ISA(matmul_float32, args);
+  Matmul with_sums = args;
+  std::unique_ptr<float[]> sums;
+  if (args.y_dtype != DType::f32 && args.K > kMostCopied) {
+    sums.reset(new float[size_t(args.M) * size_t(args.N)]);
+    with_sums.sums = sums.get();
+  }
+  FT_DISPATCH_ISA(matmul_panels, with_sums);
 }
 
 }  // namespace fused::cpu

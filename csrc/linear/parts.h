@@ -9,7 +9,7 @@ namespace fused::cpu {
 FT_DECLARE_ISA(linear_float32, Linear)
 FT_DECLARE_ISA(linear_bfloat16, Linear)
 FT_DECLARE_ISA(linear_int8, Linear)
-FT_DECLARE_ISA(matmul_float32, Matmul)
+FT_DECLARE_ISA(matmul_panels, Matmul)
 #if defined(__x86_64__)
 // Only where has_multiplier() says so.
 void linear_bfloat16_dots(const Linear& args);

@@ -63,14 +63,15 @@ def backward(dlosses, hidden, weight, bias, targets, dtype, *rest_and_wanted):
 
 
 class _Sum:
-    """A sum of products: float32 from the second one on. Those of 16 bits are rounded to these, one by one."""
+    """A sum of products: float32 from the second one on. Those of 16 bits by torch are rounded to these, one by one."""
 
     def __init__(self) -> None:
         self.total: Tensor | None = None
 
     def add_product(self, a: Tensor, b: Tensor) -> None:
-        if matmul.QUICKER and a.dtype == torch.float32:
-            self.total = matmul.product(a, b.t(), out=self.total, add=self.total is not None)
+        if a.dtype in matmul.QUICKER:
+            total = a.new_empty(len(a), b.shape[1], dtype=torch.float32) if self.total is None else self.total
+            self.total = matmul.product(a, b.t(), out=total, add=self.total is not None)
         elif self.total is None:
             self.total = torch.mm(a, b)
         elif a.dtype == torch.float32:
@@ -95,7 +96,7 @@ def _chunks(hidden: Tensor, weight: Tensor, dtype: torch.dtype, least: int):
 
 
 def _product(rows: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
-    if matmul.QUICKER and out.dtype == torch.float32 and len(rows) >= matmul.LEAST_ROWS:
+    if out.dtype in matmul.QUICKER and len(rows) >= matmul.LEAST_ROWS[out.dtype]:
         matmul.product(rows, weight, bias, out=out)
     elif bias is None:
         torch.mm(rows, weight.t(), out=out)

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fused_transformer.kernels import cross_entropy, linear_cross_entropy, use_backend
+from fused_transformer.kernels import cross_entropy, linear_cross_entropy, matmul, use_backend
 from fused_transformer.kernels.linear_cross_entropy import has_kernel, op
 from tests.inputs import FLOATS, LAYOUTS, Case, case_id, dtype_id, normal, running_on
 from tests.memory import peak_bytes
@@ -68,6 +68,15 @@ def test_matches_the_reference(backend, case, dtype, reduction):
         linear_cross_entropy, backend, tensors, label_smoothing=0.1, reduction=reduction, ignore_index=-100
     )
     assert got["out"].dtype == torch.float32 and got["dweight"].dtype == dtype
+
+
+@pytest.mark.parametrize("quicker", [frozenset(FLOATS), frozenset()], ids=["own", "torchs"])
+@pytest.mark.parametrize("dtype", FLOATS, ids=dtype_id)
+@pytest.mark.parametrize("case", CASES, ids=case_id)
+def test_matches_the_reference_by_either_products(case, dtype, quicker, monkeypatch):
+    monkeypatch.setattr(matmul, "QUICKER", quicker)  # whatever is the quicker here
+    monkeypatch.setattr(matmul, "LEAST_ROWS", dict.fromkeys(FLOATS, 1))
+    assert_backend_matches(linear_cross_entropy, "cpu", make(**case, dtype=dtype), label_smoothing=0.1)
 
 
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no_bias"])

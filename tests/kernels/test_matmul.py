@@ -14,7 +14,7 @@ from fused_transformer import MultiheadAttention
 from fused_transformer.feed_forward import FeedForward
 from fused_transformer.kernels import _native, matmul, use_backend
 from fused_transformer.products import applied, linear
-from tests.inputs import lesser_isas, normal, run_tests_with_isa
+from tests.inputs import FLOATS, dtype_id, lesser_isas, normal, run_tests_with_isa
 from tests.oracle import assert_equal, assert_matches
 
 SIZES = [
@@ -30,13 +30,14 @@ SIZES = [
     (1000, 7, 513),
 ]
 LAYOUTS = ["rows", "columns", "apart", "columns apart", "neither"]
+SIXTEEN_BITS = [torch.bfloat16, torch.float16]
 
 
 @pytest.fixture(autouse=True)
 def own(monkeypatch):
     if not _native.available():
         pytest.skip("this needs the compiled extension")
-    monkeypatch.setattr(matmul, "QUICKER", True)
+    monkeypatch.setattr(matmul, "QUICKER", frozenset(FLOATS))
 
 
 def laid(x: torch.Tensor, layout: str) -> torch.Tensor:
@@ -47,7 +48,7 @@ def laid(x: torch.Tensor, layout: str) -> torch.Tensor:
         return x.t().contiguous().t()
     if layout == "columns apart":
         return laid(x.t(), "apart").t()
-    wide = torch.full((x.shape[0], 2 * x.shape[1] + 3), torch.nan)
+    wide = torch.full((x.shape[0], 2 * x.shape[1] + 3), torch.nan, dtype=x.dtype)
     out = wide[:, 2 : 2 + x.shape[1]] if layout == "apart" else wide[:, 1 : 1 + 2 * x.shape[1] : 2]
     return out.copy_(x)
 
@@ -63,6 +64,22 @@ def test_a_product_is_as_good_as_torch(sizes, left, right):
     # K of 1 or 2 often comes out exact in torch: there 2 ulp are the bound
     assert_matches(matmul.product(x, w), exact, x @ w.t(), factor=4.0)
     assert_matches(matmul.product(x, w, bias), exact + bias.double(), torch.addmm(bias, x, w.t()), factor=4.0)
+
+
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+@pytest.mark.parametrize("left, right", [("rows", "rows"), ("columns", "columns"), ("neither", "apart")])
+@pytest.mark.parametrize("dtype", SIXTEEN_BITS, ids=dtype_id)
+def test_a_product_of_16_bits_is_rounded_once(dtype, left, right, sizes):
+    (M, N, K) = sizes
+    x, w, bias = (normal(*shape, dtype=dtype) for shape in ((M, K), (N, K), (N,)))
+    exact = x.double() @ w.double().t() + bias.double()
+    x, w = laid(x, left), laid(w, right)
+    in_float32 = matmul.product(x.float(), w.float(), bias.float())
+    # Rows of float32 are not copied, and added in slabs of another length.
+    assert_matches(matmul.product(x, w, bias), exact, in_float32.to(dtype), factor=1.0, ulps=1.0)
+    before = normal(M, N)
+    added = matmul.product(x, w, out=before.clone(), add=True)
+    assert_matches(added, exact - bias.double() + before.double(), in_float32 - bias.float() + before, factor=4.0)
 
 
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
@@ -94,8 +111,10 @@ def test_empty_matrices(M, N, K):
     assert_equal(matmul.product(x, w, out=torch.ones(M, N), add=True), x @ w.t() + 1)
 
 
-def test_a_row_has_the_same_bits_in_any_batch_and_on_any_number_of_threads():
-    x, w = normal(300, 700), normal(130, 700)
+@pytest.mark.parametrize("K", [700, 2100])
+@pytest.mark.parametrize("dtype", FLOATS, ids=dtype_id)
+def test_a_row_has_the_same_bits_in_any_batch_and_on_any_number_of_threads(dtype, K):
+    x, w = normal(300, K, dtype=dtype), normal(130, K, dtype=dtype)
     before = torch.get_num_threads()
     try:
         for threads in (1, 2, 5):
@@ -107,8 +126,9 @@ def test_a_row_has_the_same_bits_in_any_batch_and_on_any_number_of_threads():
         torch.set_num_threads(before)
 
 
-def test_nan_and_infinity_stay_in_their_rows_and_columns():
-    x, w = normal(70, 50), normal(90, 50)
+@pytest.mark.parametrize("dtype", FLOATS, ids=dtype_id)
+def test_nan_and_infinity_stay_in_their_rows_and_columns(dtype):
+    x, w = normal(70, 50, dtype=dtype), normal(90, 50, dtype=dtype)
     x[3, 7], w[8, 2], w[9, 4] = torch.nan, torch.inf, torch.nan
     for left, right in ((x, w), (laid(x, "columns"), laid(w, "columns"))):
         y = matmul.product(left, right)
@@ -118,9 +138,10 @@ def test_nan_and_infinity_stay_in_their_rows_and_columns():
 
 @pytest.mark.parametrize("shape", [(300,), (3, 100), (2, 3, 50)], ids=str)
 @pytest.mark.parametrize("has_bias", [True, False])
-def test_linear_has_the_gradients_of_torch(shape, has_bias):
-    x, weight, dy = normal(*shape, 96), normal(128, 96), normal(*shape, 128)
-    bias = normal(128) if has_bias else None
+@pytest.mark.parametrize("under", FLOATS, ids=dtype_id)
+def test_linear_has_the_gradients_of_torch(under, shape, has_bias):
+    x, weight, dy = (normal(*size, dtype=under) for size in ((*shape, 96), (128, 96), (*shape, 128)))
+    bias = normal(128, dtype=under) if has_bias else None
     assert matmul.takes(x, weight, bias)
 
     def results(function, dtype):
@@ -129,9 +150,28 @@ def test_linear_has_the_gradients_of_torch(shape, has_bias):
         y.backward(dy.to(dtype))
         return {"y": y.detach()} | {f"d{i}": leaf.grad for i, leaf in enumerate(leaves) if leaf is not None}
 
-    assert_matches(
-        results(linear, torch.float32), results(F.linear, torch.float64), results(F.linear, torch.float32), factor=4.0
-    )
+    assert_matches(results(linear, under), results(F.linear, torch.float64), results(F.linear, under), factor=4.0)
+
+
+@pytest.mark.parametrize("lower", SIXTEEN_BITS, ids=dtype_id)
+@pytest.mark.parametrize("has_bias", [True, False])
+def test_linear_is_torchs_in_autocast(has_bias, lower):
+    x, weight, dy = normal(2, 50, 96), normal(128, 96).to(lower), normal(2, 50, 128).to(lower)
+    bias = normal(128) if has_bias else None
+
+    def results(function):
+        leaves = [None if t is None else t.detach().clone().requires_grad_() for t in (x, weight, bias)]
+        with torch.autocast("cpu", dtype=lower):
+            assert function is F.linear or matmul.takes(*leaves)
+            y = function(*leaves)
+        y.backward(dy)
+        return {"y": y.detach()} | {f"d{i}": leaf.grad for i, leaf in enumerate(leaves) if leaf is not None}
+
+    ours, torchs = results(linear), results(F.linear)
+    assert all(ours[name].dtype == torchs[name].dtype for name in torchs) and ours["y"].dtype == lower
+    for name, of_torch in torchs.items():
+        within = 2 * torch.finfo(lower).eps * float(of_torch.abs().max())
+        torch.testing.assert_close(ours[name], of_torch, rtol=0, atol=within)
 
 
 def test_gradients_may_be_expanded_and_taken_again():
@@ -153,15 +193,36 @@ def test_what_is_left_to_torch():
     assert not matmul.takes(x[:9], weight, bias)  # too small
     assert not matmul.takes(x[:, :95], weight, bias)  # torch has the error
     assert not matmul.takes(x.double(), weight.double(), None)
-    assert not matmul.takes(x.bfloat16(), weight.bfloat16(), None)
+    assert matmul.takes(x.bfloat16(), weight.bfloat16(), None)
+    assert not matmul.takes(x.bfloat16(), weight, None)  # torch has the error
     assert not matmul.takes(x.to("meta"), weight.to("meta"), None)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert not matmul.takes(x, weight, bias)
-        assert linear(x, weight, bias).dtype == torch.bfloat16
+        assert matmul.takes(x, weight, bias)
+        assert not matmul.takes(x.double(), weight, bias)
     with torch.autograd.forward_ad.dual_level():
         assert not matmul.takes(x, weight, bias)
     per_row = torch.func.vmap(lambda row: linear(row, weight, bias))(x.view(3, 100, 96))
     torch.testing.assert_close(per_row, F.linear(x, weight, bias).view(3, 100, 128))
+
+
+def test_autocast_of_a_dtype_that_torch_multiplies_well_is_torchs(monkeypatch):
+    x, weight, bias = normal(300, 96), normal(128, 96), normal(128)
+    monkeypatch.setattr(matmul, "QUICKER", frozenset({torch.float32, torch.float16}))
+    assert matmul.takes(x, weight, bias) and not matmul.takes(x.bfloat16(), weight.bfloat16(), None)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert not matmul.takes(x, weight, bias)
+        assert linear(x, weight, bias).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("supported", [True, False])
+def test_in_16_bits_onednn_is_asked(supported, monkeypatch):
+    if _native.library().isa() == "baseline":
+        pytest.skip("ours is for processors with AVX2")
+    monkeypatch.setattr(matmul, "SETTING", "")
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: supported)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_fp16_supported", lambda: not supported)
+    assert (torch.bfloat16 in matmul._quicker()) == (not supported)
+    assert (torch.float16 in matmul._quicker()) == supported
 
 
 def test_a_module_that_somebody_changed_is_called():
@@ -186,7 +247,7 @@ def test_modules_train_the_same_either_way(make, monkeypatch):
         return [y.detach(), *(p.grad.clone() for p in module.parameters())]
 
     ours = gradients()
-    monkeypatch.setattr(matmul, "QUICKER", False)
+    monkeypatch.setattr(matmul, "QUICKER", frozenset())
     for one, other in zip(ours, gradients(), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4 * float(other.detach().abs().max()))
 
@@ -198,9 +259,9 @@ def test_compiled_modules_do_not_see_it():
         torch.testing.assert_close(compiled(x), module(x))
 
 
-@pytest.mark.parametrize("setting, expected", [("own", "True"), ("torch", "False"), ("mkl", "must be own or torch")])
+@pytest.mark.parametrize("setting, expected", [("own", "3"), ("torch", "0"), ("mkl", "must be own or torch")])
 def test_the_setting_overrules_the_processor(setting, expected):
-    program = "from fused_transformer.kernels import matmul; print(matmul.QUICKER)"
+    program = "from fused_transformer.kernels import matmul; print(len(matmul.QUICKER))"
     environment = {"FUSED_TRANSFORMER_MATMUL": setting}
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False)
     assert expected in done.stdout + done.stderr
