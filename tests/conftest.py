@@ -10,6 +10,8 @@
   cuda-emulated then, and its tests are marked emulated.
 - A kernel that broke the CUDA context (an illegal address) ends its process after the test that did it: every later
   test there would fail too, and say nothing. With pytest-xdist a new worker goes on with the rest.
+- In the interpreter and the emulator, which take most of the time, a test of a 16-bit type runs in one of the two, by
+  turns from case to case; with --both-16-bit-types, and on a GPU, in both.
 - Skips are counted by reason at the end: a suite that skips everything must not look green.
 
 Helpers: tests/oracle.py compares results, tests/inputs.py makes them. Import both as `from tests.oracle import ...`.
@@ -58,10 +60,33 @@ def pytest_make_parametrize_id(config, val, argname):
     return "cuda-emulated" if argname == "backend" and val == "cuda" and emulated.installed() else None
 
 
-def pytest_collection_modifyitems(items):
+def pytest_addoption(parser):
+    parser.addoption("--both-16-bit-types", action="store_true", help="in Triton's interpreter and the emulator too")
+
+
+@pytest.hookimpl(trylast=True)  # after -k and -m, which may have chosen one of the two types
+def pytest_collection_modifyitems(config, items):
     for item in items:
         if "cuda-emulated" in item.nodeid:
             item.add_marker(pytest.mark.emulated)
+    if not config.getoption("--both-16-bit-types"):
+        left_out = _one_of_each_two(items)
+        items[:] = [item for item in items if item not in left_out]
+        config.hook.pytest_deselected(items=list(left_out))
+
+
+def _one_of_each_two(items) -> set:
+    """Of tests that differ by bfloat16 and float16 alone, where these are computed slowly, one."""
+    pairs: dict[str, list] = {}
+    for item in items:
+        parameters = getattr(item, "callspec", None) and item.callspec.params
+        if not parameters or parameters.get("device", "cpu") != "cpu":
+            continue
+        slow = parameters.get("backend") in ("triton", "cuda") and not torch.cuda.is_available()
+        if slow and parameters.get("dtype") in (torch.bfloat16, torch.float16):
+            rest = sorted((name, str(value)) for name, value in parameters.items() if name != "dtype")
+            pairs.setdefault(f"{item.nodeid.partition('[')[0]} {rest}", []).append(item)
+    return {pair[zlib.crc32(same.encode()) % 2] for same, pair in pairs.items() if len(pair) == 2}
 
 
 def pytest_generate_tests(metafunc):

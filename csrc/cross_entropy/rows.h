@@ -8,7 +8,8 @@
 
 namespace fused::cpu::FT_ISA {
 
-constexpr int64_t kTaskElements = 1 << 15;  // rows that a thread takes at a time hold about this much
+constexpr int64_t kTaskElements = 1 << 12;  // rows that a thread takes at a time hold about this much: 4 us
+constexpr int64_t kWorkOfLogit = 4;         // beside elements that are only moved: see kParallelWork
 
 template <class Args>
 FT_INLINE int64_t target_of(const Args& args, int64_t row) {
@@ -23,7 +24,7 @@ FT_INLINE float first_lane(Vec v) { return v[0]; }
 template <class F, class Done>
 FT_INLINE void each_row(int64_t M, int64_t V, const F& f, const Done& done) {
   const int64_t wanted = kTaskElements / V, rows = wanted < 1 ? 1 : wanted;
-  parallel_tasks((M + rows - 1) / rows, M * V, [&](int64_t task) {
+  parallel_tasks((M + rows - 1) / rows, kWorkOfLogit * M * V, [&](int64_t task) {
     for (int64_t row = task * rows; row < M && row < (task + 1) * rows; ++row) f(row);
     done();
   });

@@ -2,6 +2,8 @@
 // What the CPU kernels of layer norm share beyond common/columns.h: its parameters, and the row's total as stored.
 // Included only by *.simd.cpp files.
 
+#include <type_traits>
+
 #include "../common/columns.h"
 #include "layer_norm.h"
 
@@ -11,6 +13,7 @@ namespace fused::cpu::FT_ISA {
 template <class T>
 FT_INLINE Vec rounded(Vec v) {
   if constexpr (sizeof(T) == sizeof(float)) return v;
+  if constexpr (std::is_same_v<T, bf16>) return (Vec)(to_bf16(v) & 0xffff0000u);
   T stored[kWidth];
   store(stored, v);
   return load(stored);

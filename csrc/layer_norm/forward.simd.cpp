@@ -35,6 +35,13 @@ struct SummedRow {
 
   template <class F>
   FT_INLINE void each(int64_t N, const F& f) const {
+    if (!dropout && !x_bias.data) {
+      if (!residual)
+        return each_vector(N, [&](int64_t i, int count, int slot) FT_LAMBDA { f(i, count, slot, load(x + i, count)); });
+      return each_vector(N, [&](int64_t i, int count, int slot) FT_LAMBDA {
+        f(i, count, slot, rounded<T>(load(x + i, count) + load(residual + i, count)));
+      });
+    }
     each_vector(N, dropout, index, [&](int64_t i, int count, int slot, Vec factor) FT_LAMBDA {
       Vec total = load(x + i, count);
       if (x_bias.data) total += x_bias.at(i, count);
