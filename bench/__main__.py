@@ -48,7 +48,7 @@ def parser() -> argparse.ArgumentParser:
         "--row-seconds",
         type=float,
         metavar="S",
-        help="time one row about this long (3; quick: 0.3; GPU: a tenth, a third)",
+        help="time one row about this long (2.5; quick: 0.3; GPU: 0.3, 0.1)",
     )
     return told
 

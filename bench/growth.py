@@ -96,7 +96,7 @@ def grow(request, device):
 def _point_seconds(config) -> float:
     """A curve has many points: each gets a sixth of what a row gets."""
     row = config.getoption("--row-seconds")
-    usual = (0.3 if config.getoption("--quick") else 3.0) / (10 if config.getoption("--device") == "cuda" else 1)
+    usual = (0.3 if config.getoption("--quick") else 2.5) / (10 if config.getoption("--device") == "cuda" else 1)
     return (row if row is not None else usual) / 6
 
 

@@ -4,18 +4,21 @@ As of Triton 3.7 it converts float32 to bfloat16 by truncation (hardware rounds 
 patterns of bfloat16 tiles in tl.dot, and warns of every overflow that IEEE arithmetic allows. With the repairs bfloat16
 is rounded as the GPU does, and dot multiplies values and sums in float32. It also makes triton.language its own anew at
 every call of one jit function by another (tl.sum is one), which took two thirds of the time; now it does so once a
-launch. Sums by exclusive or, of which tl.sort and tl.topk are made, went element by element through Python; now they
-are numpy's. `repair()` is called once, before any kernel.
+launch. What it knows of a shape (its number of elements, its text) and of a dtype goes from one tensor to the next,
+which halves what was left. Sums by exclusive or, of which tl.sort and tl.topk are made, went element by element through
+Python; now they are numpy's. `repair()` is called once, before any kernel.
 """
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable
 from functools import cache, wraps
 
 import numpy as np
 import triton.language as tl
+from triton.language.semantic import TritonSemantic
 from triton.runtime import interpreter
 
 Builder = interpreter.InterpreterBuilder
@@ -46,7 +49,50 @@ def _languages(function: Callable) -> frozenset:
     return frozenset(module for module in (tl, tl.core) if any(value is module for value in named))
 
 
+def _remember_shapes_and_dtypes() -> None:
+    """Types of blocks, and tensors, that differ by their numbers alone share what says so."""
+    language, plain_type = tl.core, tl.core.block_type.__init__
+    known: dict[tuple, tuple] = {}
+    dtypes: dict[str, np.dtype] = {}
+    plain_dtype, plain_equal = interpreter._get_np_dtype, language.dtype.__eq__
+    plain_broadcast = TritonSemantic.broadcast_impl_value
+
+    def block_type(self, element_ty, shape):
+        sizes = tuple([x.value if isinstance(x, language.constexpr) else x for x in shape])
+        if sizes not in known:
+            plain_type(self, element_ty, shape)
+            known[sizes] = self.shape, self.numel, str(self.shape)
+        self.element_ty = element_ty
+        self.shape, self.numel, text = known[sizes]
+        self.name = f"<{text}, {element_ty}>"
+
+    @cache
+    def of_tensor(sizes):
+        return language.constexpr(math.prod(sizes)), language.tuple([language.constexpr(size) for size in sizes])
+
+    def tensor(self, handle, type):
+        self.handle, self.type, self.dtype = handle, type, type.scalar
+        self.numel, self.shape = of_tensor(tuple(type.shape) if type.is_block() else ())
+
+    def np_dtype(of):
+        scalar = of.element_ty if isinstance(of, language.block_type) else of
+        if scalar.name not in dtypes:
+            dtypes[scalar.name] = plain_dtype(scalar)
+        return dtypes[scalar.name]
+
+    def broadcast(self, left, right):
+        alike = left.type.is_block() and right.type.is_block() and left.type.shape is right.type.shape
+        return (left, right) if alike else plain_broadcast(self, left, right)
+
+    def equal(self, other):
+        return self is other or plain_equal(self, other)
+
+    language.block_type.__init__, language.tensor.__init__, language.dtype.__eq__ = block_type, tensor, equal
+    TritonSemantic.broadcast_impl_value, interpreter._get_np_dtype = broadcast, np_dtype
+
+
 def repair() -> None:
+    _remember_shapes_and_dtypes()
     plain_cast, plain_fp_to_fp, plain_launch, plain_reduce, plain_patch = (
         Builder.cast_impl,
         Builder.create_fp_to_fp,
