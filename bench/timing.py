@@ -129,7 +129,8 @@ def _matmul_gigaflops(dtype: torch.dtype) -> float:
     b = torch.randn(n, n, device=Stamp.device).to(dtype)
     own = dtype in matmul.QUICKER and Stamp.device == "cpu"
     products = [matmul.product] if own else []
-    if not own or dtype == torch.float32:  # in 16 bits torch's would take a hundred times as long there
+    # In 16 bits torch's own loops would take a hundred times as long.
+    if not own or dtype == torch.float32 or matmul.onednn_multiplies(dtype):
         products.append(torch.mm)
     medians = [quantiles([seconds(product, (a, b)) for _ in range(12)][2:])["median_us"] for product in products]
     return round(2 * n**3 / min(medians) / 1e3, 1)

@@ -37,11 +37,12 @@ def _quicker() -> frozenset[torch.dtype]:
         return frozenset(_native.DTYPES)
     found = {torch.float32} if _native.library().matmul_is_quicker() else set()
     if _native.library().isa() in ("avx2", "avx512"):
-        found |= {dtype for dtype in SIXTEEN_BITS if not _onednn_multiplies(dtype)}
+        found |= {dtype for dtype in SIXTEEN_BITS if not onednn_multiplies(dtype)}
     return frozenset(found)
 
 
-def _onednn_multiplies(dtype: torch.dtype) -> bool:
+def onednn_multiplies(dtype: torch.dtype) -> bool:
+    """Whether torch's products of this 16-bit type are oneDNN's on this processor."""
     asked = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
     try:
         return getattr(torch.ops.mkldnn, asked[dtype])()
@@ -62,24 +63,24 @@ def takes(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         return False
     lower = autocast_dtype(x)
     dtype = lower or x.dtype
-    if dtype not in QUICKER or x.numel() * weight.shape[0] < LEAST[dtype]:
+    if dtype not in QUICKER or weight.dim() != 2 or x.numel() * weight.shape[0] < LEAST[dtype]:
         return False
     dtypes = (dtype,) if lower is None else tuple(_native.DTYPES)
     return (
-        _is_matrix(weight, dtypes, 2)
-        and _is_matrix(x, dtypes, None)
+        _is_dense(weight, dtypes)
+        and _is_dense(x, dtypes)
         and x.dim() >= 2
         and x.shape[-1] == weight.shape[1]
         and x.numel() >= LEAST_ROWS[dtype] * x.shape[-1]
-        and (bias is None or (_is_matrix(bias, dtypes, 1) and bias.shape == weight.shape[:1]))
+        and (bias is None or (_is_dense(bias, dtypes) and bias.shape == weight.shape[:1]))
         and torch.autograd.forward_ad._current_level < 0
         and not routed(x)
     )
 
 
-def _is_matrix(x: Tensor, dtypes: tuple[torch.dtype, ...], dim: int | None) -> bool:
+def _is_dense(x: Tensor, dtypes: tuple[torch.dtype, ...]) -> bool:
     right = type(x) in PLAIN_TYPES and x.device.type == "cpu" and x.dtype in dtypes
-    return right and x.layout == torch.strided and (dim is None or x.dim() == dim)
+    return right and x.layout == torch.strided and not x.is_nested
 
 
 def product(
@@ -91,9 +92,11 @@ def product(
     """
     (M, K), N = x.shape, w.shape[0]
     y = x.new_empty(M, N) if out is None else out
+    if x.dtype != w.dtype or (add and y.dtype != torch.float32):
+        raise ValueError(f"x and w must be of one dtype, a sum float32; got {x.dtype}, {w.dtype}, {y.dtype}")
     if K == 0:
         x, w, K = x.new_zeros(M, 1), w.new_zeros(N, 1), 1
-    bias = None if bias is None else bias.float().contiguous()
+    bias = None if bias is None else bias.resolve_neg().float().contiguous()
     (x, left), (w, right), rows = _matrix(x), _matrix(w), (y.data_ptr(), y.stride(0))
     dtypes = _native.DTYPES
     added = rows if add else (0, 0)
@@ -106,32 +109,45 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if (dtype := autocast_dtype(x)) is not None:
         x, weight = x.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
+    rows = _rows(x)
     if torch.is_grad_enabled() and (
         x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
     ):
-        return _Linear.apply(x, weight, bias)
-    return product(_rows(x), weight, bias).view(*x.shape[:-1], weight.shape[0])
+        y = _Linear.apply(rows, weight, bias)
+    else:
+        y = product(rows, weight, bias)
+    return y.view(*x.shape[:-1], weight.shape[0])
 
 
 class _Linear(torch.autograd.Function):
+    """Of matrices: what a Function gives out as a view may not be written into, and y may."""
+
     @staticmethod
     def forward(ctx, x, weight, bias):
         ctx.save_for_backward(x, weight)
-        return product(_rows(x), weight, bias).view(*x.shape[:-1], weight.shape[0])
+        return product(x, weight, bias)
 
     @staticmethod
     def backward(ctx, dy):
         x, weight = ctx.saved_tensors
-        rows, dy_rows = _rows(x), _rows(dy)
         dx = dweight = dbias = None
-        again = torch.is_grad_enabled()  # for gradients of gradients: by operations that have them
+        # For gradients of gradients and batches of gradients: by operations that have them.
+        by_torch = torch.is_grad_enabled() or routed(dy) or not _has_memory(dy)
         if ctx.needs_input_grad[0]:
-            dx = (dy_rows @ weight if again else product(dy_rows, weight.t())).view(x.shape)
+            dx = dy @ weight if by_torch else product(dy, weight.t())
         if ctx.needs_input_grad[1]:
-            dweight = dy_rows.t() @ rows if again else product(dy_rows.t(), rows.t())
+            dweight = dy.t() @ x if by_torch else product(dy.t(), x.t())
         if ctx.needs_input_grad[2]:
-            dbias = dy_rows.sum(0)
+            dbias = dy.sum(0)
         return dx, dweight, dbias
+
+
+def _has_memory(x: Tensor) -> bool:
+    try:
+        x.data_ptr()
+    except RuntimeError:  # the batches that torch.autograd.grad(..., is_grads_batched=True) makes
+        return False
+    return True
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -140,6 +156,7 @@ def _rows(x: Tensor) -> Tensor:
 
 def _matrix(x: Tensor) -> tuple[Tensor, tuple[int, int, int]]:
     """x, or a copy of it, with contiguous rows or columns; and its address and strides."""
+    x = x.resolve_neg()
     if x.stride(0) != 1 and x.stride(1) != 1 and min(x.shape) > 1:
         x = x.contiguous()
     row, column = x.stride()

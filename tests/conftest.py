@@ -64,11 +64,13 @@ def pytest_addoption(parser):
     parser.addoption("--both-16-bit-types", action="store_true", help="in Triton's interpreter and the emulator too")
 
 
+def pytest_itemcollected(item):  # ahead of -m
+    if "cuda-emulated" in item.nodeid:
+        item.add_marker(pytest.mark.emulated)
+
+
 @pytest.hookimpl(trylast=True)  # after -k and -m, which may have chosen one of the two types
 def pytest_collection_modifyitems(config, items):
-    for item in items:
-        if "cuda-emulated" in item.nodeid:
-            item.add_marker(pytest.mark.emulated)
     if not config.getoption("--both-16-bit-types"):
         left_out = _one_of_each_two(items)
         items[:] = [item for item in items if item not in left_out]
