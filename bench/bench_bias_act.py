@@ -32,8 +32,7 @@ class Hidden:
     dtype: torch.dtype = torch.float32
 
     def __str__(self) -> str:
-        dtype = "" if self.dtype == torch.float32 else f" {str(self.dtype).removeprefix('torch.')}"
-        return f"{self.model} {self.activation} M{self.rows} F{self.width}{dtype}"
+        return f"{self.model} {self.activation} M{self.rows} F{self.width}{shapes.suffix(self.dtype)}"
 
     @property
     def bytes(self) -> int:

@@ -32,8 +32,7 @@ class Logits:
     dtype: torch.dtype = torch.float32
 
     def __str__(self) -> str:
-        dtype = "" if self.dtype == torch.float32 else f" {str(self.dtype).removeprefix('torch.')}"
-        return f"{self.model} N{self.tokens} V{self.vocabulary}{dtype}"
+        return f"{self.model} N{self.tokens} V{self.vocabulary}{shapes.suffix(self.dtype)}"
 
     @property
     def elements(self) -> int:

@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from bench import shapes
 from bench.agreement import forward_backward
 from fused_transformer.kernels import matmul
 from fused_transformer.products import linear
@@ -29,8 +30,7 @@ class Layer:
     dtype: torch.dtype = torch.float32
 
     def __str__(self) -> str:
-        dtype = "" if self.dtype == torch.float32 else f" {str(self.dtype).removeprefix('torch.')}"
-        return f"{self.model} M{self.tokens} K{self.inputs} N{self.outputs}{dtype}"
+        return f"{self.model} M{self.tokens} K{self.inputs} N{self.outputs}{shapes.suffix(self.dtype)}"
 
     @property
     def flops(self) -> int:

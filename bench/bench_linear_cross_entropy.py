@@ -34,8 +34,7 @@ class Tokens:
     dtype: torch.dtype = torch.float32
 
     def __str__(self) -> str:
-        dtype = "" if self.dtype == torch.float32 else f" {str(self.dtype).removeprefix('torch.')}"
-        return f"{self.model} N{self.tokens} E{self.width} V{self.vocabulary}{dtype}"
+        return f"{self.model} N{self.tokens} E{self.width} V{self.vocabulary}{shapes.suffix(self.dtype)}"
 
     @property
     def flops(self) -> int:

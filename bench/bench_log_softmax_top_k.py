@@ -25,8 +25,7 @@ class Step:
     dtype: torch.dtype = torch.float32
 
     def __str__(self) -> str:
-        dtype = "" if self.dtype == torch.float32 else f" {str(self.dtype).removeprefix('torch.')}"
-        return f"{self.model} B{self.sentences} beams{self.beams} V{self.vocabulary}{dtype}"
+        return f"{self.model} B{self.sentences} beams{self.beams} V{self.vocabulary}{shapes.suffix(self.dtype)}"
 
     @property
     def rows(self) -> int:

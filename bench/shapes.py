@@ -28,6 +28,11 @@ def here(shape):
     return replace(shape, **counts, dtype=other)
 
 
+def suffix(dtype: torch.dtype) -> str:
+    """What a row's name says of its dtype: nothing for float32."""
+    return "" if dtype == torch.float32 else f" {str(dtype).removeprefix('torch.')}"
+
+
 @dataclass(frozen=True)
 class Attention:
     """H heads of width D (H_k of them for keys), L queries and S keys, in a batch of B."""
@@ -45,8 +50,7 @@ class Attention:
     def __str__(self) -> str:
         heads = f"H{self.heads}" + (f"/{self.heads_k}" if self.heads_k else "")
         length = f"L{self.length}" + (f" S{self.keys}" if self.keys != self.length else "")
-        dtype = "" if self.dtype == torch.float32 else f" {str(self.dtype).removeprefix('torch.')}"
-        return f"{self.model} B{self.batch} {heads} {length} D{self.width}{dtype}"
+        return f"{self.model} B{self.batch} {heads} {length} D{self.width}{suffix(self.dtype)}"
 
 
 @dataclass(frozen=True)
@@ -61,8 +65,7 @@ class Embedding:
     dtype: torch.dtype = torch.float32
 
     def __str__(self) -> str:
-        dtype = "" if self.dtype == torch.float32 else f" {str(self.dtype).removeprefix('torch.')}"
-        return f"{self.model} B{self.batch} L{self.length} E{self.width} V{self.vocabulary}{dtype}"
+        return f"{self.model} B{self.batch} L{self.length} E{self.width} V{self.vocabulary}{suffix(self.dtype)}"
 
 
 @dataclass(frozen=True)
@@ -75,8 +78,7 @@ class Rows:
     dtype: torch.dtype = torch.float32
 
     def __str__(self) -> str:
-        dtype = "" if self.dtype == torch.float32 else f" {str(self.dtype).removeprefix('torch.')}"
-        return f"{self.model} M{self.rows} E{self.width}{dtype}"
+        return f"{self.model} M{self.rows} E{self.width}{suffix(self.dtype)}"
 
 
 @dataclass(frozen=True)
