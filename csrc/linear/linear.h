@@ -34,17 +34,18 @@ enum class Multiplier : int {
 
 namespace cpu {
 
-constexpr int64_t kPanel = 64;  // columns of y that are computed together
+constexpr int64_t kPanel = 64;  // columns of y that are computed one after another, or together
 
 // W, read-only once made.
-//   f32    [N / 64][K][64]
+//   f32    [N / 64][64 / columns][K][columns]: those that the kernel of this instruction set computes together
 //   bf16   [N / 64][K / 32][4][16][16][2]: of panel, 32 of K, 16 columns: a tile of AMX, pairs along K
 //   int8   [N / 64][K / 64][4][16][16][4]: likewise, four along K
 // Columns beyond N and K are zeros.
 struct PackedWeight {
   int64_t N = 0, K = 0;
   WeightForm form = WeightForm::f32;
-  bool finite = true;  // f32: no infinity, no NaN
+  int64_t columns = kPanel;  // f32: see above
+  bool finite = true;        // f32: no infinity, no NaN
   std::shared_ptr<void> data;
   std::shared_ptr<void> scales;  // int8: (N to full panels) float32, and as many int32: 128 * sum over k of q[n, k]
 
@@ -80,7 +81,7 @@ struct Linear {
 };
 
 bool has_multiplier(WeightForm form, Multiplier multiplier);
-// Working memory for M rows: x rounded to the form of the weights.
+// Working memory for M rows: x rounded to the form of the weights, or in the order of the kernel.
 int64_t linear_scratch(const PackedWeight& weight, int64_t M);
 void linear(const Linear& args);
 

@@ -5,6 +5,7 @@
 #include <memory>
 
 #include "../common/check.h"
+#include "../common/pages.h"
 #include "parts.h"
 
 namespace fused::cpu {
@@ -19,13 +20,18 @@ void matmul(const Matmul& args) {
              "the rows or the columns of a matrix must be contiguous");
   FT_REQUIRE(args.y_dtype == DType::f32 || args.y_dtype == args.dtype, "y must be float32 or of the dtype of x and w");
   if (args.M == 0 || args.N == 0) return;
-  Matmul with_sums = args;
+  Matmul with_memory = args;
   std::unique_ptr<float[]> sums;
   if (args.y_dtype != DType::f32 && args.K > kMostCopied) {
     sums.reset(new float[size_t(args.M) * size_t(args.N)]);
-    with_sums.sums = sums.get();
+    with_memory.sums = sums.get();
   }
-  FT_DISPATCH_ISA(matmul_panels, with_sums);
+  std::shared_ptr<void> rows;
+  if (gathers()) {
+    rows = reused_pages(size_t(args.M) * size_t(args.K < kMostCopied ? args.K : kMostCopied) * sizeof(float));
+    with_memory.gathered = static_cast<float*>(rows.get());
+  }
+  FT_DISPATCH_ISA(matmul_panels, with_memory);
 }
 
 }  // namespace fused::cpu

@@ -28,10 +28,12 @@ struct Matmul {
   DType y_dtype = DType::f32;
   void* y = nullptr;
   int64_t y_stride = 0;
-  float* sums = nullptr;  // (M, N), working memory where y has 16 bits and K is above kMostCopied
+  float* sums = nullptr;      // (M, N), working memory where y has 16 bits and K is above kMostCopied
+  float* gathered = nullptr;  // (M, up to kMostCopied), working memory where kernels gather rows
 };
 
-// Of K at a time, where x is copied first: as float32 of what has 16 bits, and rows of a transposed one together.
+// Of K at a time, where x is copied first: as float32 of what has 16 bits, rows of a transposed one together, or in the
+// order of the kernel.
 constexpr int64_t kMostCopied = 1024;
 
 void matmul(const Matmul& args);

@@ -8,8 +8,8 @@
 
 #include <memory>
 
-#include "../common/transpose.h"
 #include "block.h"
+#include "gather.h"
 #include "parts.h"
 
 namespace fused::cpu::FT_ISA {
@@ -18,7 +18,7 @@ namespace {
 // Of K at a time: a panel is then at most 512 KiB, and stays in the second-level cache beside what else is used with
 // it. What is beyond is added to y.
 constexpr int64_t kSlab = 2048;
-constexpr int64_t kRowsCopied = 96;
+constexpr int64_t kRowsCopied = kRowsInChunks;
 constexpr int64_t kCopiedRow = kMostCopied + 16;  // of floats: not a power of two, whose rows would share cache sets
 constexpr int64_t kTasks = 4;        // for each thread at least, for equal loads, if there are rows for them:
 constexpr int64_t kRowsOfTask = 96;  // a task of fewer would pack for more than a tenth of its time
@@ -26,7 +26,7 @@ constexpr int64_t kRowsOfTask = 96;  // a task of fewer would pack for more than
 // Of a thread: a panel, and beside it, where x is copied, these rows of x and, where y has 16 bits, of y.
 struct alignas(64) Memory {
   float panel[kSlab * kPanel];
-  float x[kRowsCopied * kCopiedRow];
+  float x[kWide ? kRowsCopied * kCopiedRow : 1];
   float y[kRowsCopied * kPanel];
 };
 Memory& memory_of_thread() {
@@ -34,26 +34,48 @@ Memory& memory_of_thread() {
   return *memory;
 }
 
-// Columns n ... n + 64 of w^T, [length][64]; zeros beyond N.
+// Columns n ... n + 64 of w^T, [64 / kBlock][length][kBlock]; zeros beyond N.
 template <class T>
 void pack_panel(const Matmul& args, int64_t n, int64_t k, int64_t length, float* out) {
   const int64_t count = smaller(kPanel, args.N - n);
   const T* w = static_cast<const T*>(args.w.data) + n * args.w.row + k * args.w.column;
+  const auto place = [&](int64_t i, int64_t j) { return out + (j / kBlock * length + i) * kBlock + j % kBlock; };
   if (args.w.row == 1) {
-    for (int64_t i = 0; i < length; ++i, w += args.w.column, out += kPanel)
-      for (int64_t j = 0; j < kPanel; j += kWidth)
-        store(out + j, j < count ? load(w + j, int(smaller(kWidth, count - j))) : Vec{});
+    for (int64_t i = 0; i < length; ++i, w += args.w.column) {
+      if (count == kPanel) {
+#pragma GCC unroll 16
+        for (int64_t j = 0; j < kPanel; j += kWidth) store(place(i, j), load(w + j));
+      } else {
+        for (int64_t j = 0; j < kPanel; j += kWidth)
+          store(place(i, j), j < count ? load(w + j, int(smaller(kWidth, count - j))) : Vec{});
+      }
+    }
     return;
   }
-  for (int64_t i = 0; i < length; i += kWidth) {
+  const auto pack = [&](int64_t i, int64_t j) __attribute__((always_inline)) {
     const int there = int(smaller(kWidth, length - i));
-    for (int64_t j = 0; j < kPanel; j += kWidth) {
-      Vec square[kWidth];
+    Vec square[kWidth];
+    if (there == kWidth && j + kWidth <= count) {
+#pragma GCC unroll 16
+      for (int row = 0; row < kWidth; ++row) square[row] = load(w + (j + row) * args.w.row + i);
+    } else {
       for (int row = 0; row < kWidth; ++row)
         square[row] = j + row < count ? load(w + (j + row) * args.w.row + i, there) : Vec{};
-      transpose(square);
-      for (int row = 0; row < there; ++row) store(out + (i + row) * kPanel + j, square[row]);
     }
+    transpose(square);
+    if (there == kWidth) {
+#pragma GCC unroll 16
+      for (int row = 0; row < kWidth; ++row) store(place(i, j) + row * kBlock, square[row]);
+    } else {
+      for (int row = 0; row < there; ++row) store(place(i, j) + row * kBlock, square[row]);
+    }
+  };
+  if constexpr (kWide) {
+    for (int64_t i = 0; i < length; i += kWidth)
+      for (int64_t j = 0; j < kPanel; j += kWidth) pack(i, j);
+  } else {  // few rows at a time: all 64 share few sets of the first-level cache
+    for (int64_t j = 0; j < kPanel; j += kWidth)
+      for (int64_t i = 0; i < length; i += kWidth) pack(i, j);
   }
 }
 
@@ -83,9 +105,9 @@ struct Slab {
   int64_t y_stride;
 };
 
-// Rows first ... first + count beside columns n ... n + 64. Rows of a transposed x are copied together first: columns
-// of a matrix that is wide lie in few sets of the caches, where they push each other out (2048 x 2048 floats: 94
-// instead of 225 GFLOP/s).
+// Rows first ... first + count beside columns n ... n + 64. Where x was not gathered for all columns, rows of a
+// transposed one are copied together first: columns of a matrix that is wide lie in few sets of the caches, where they
+// push each other out (2048 x 2048 floats: 94 instead of 225 GFLOP/s).
 template <class T>
 void multiply(const Matmul& args, const Slab& slab, int64_t n, int64_t first, int64_t count) {
   Memory& memory = memory_of_thread();
@@ -99,11 +121,11 @@ void multiply(const Matmul& args, const Slab& slab, int64_t n, int64_t first, in
   panel.residual = slab.addend ? slab.addend + n : nullptr, panel.residual_stride = slab.addend_stride;
   panel.y = slab.y ? slab.y + n : nullptr, panel.y_stride = slab.y_stride;
   const bool transposed = args.x.column != 1;
-  const T* x = static_cast<const T*>(args.x.data) + slab.k * args.x.column;
-  if constexpr (sizeof(T) == sizeof(float))
+  [[maybe_unused]] const T* x = static_cast<const T*>(args.x.data) + slab.k * args.x.column;
+  if constexpr (kWide && sizeof(T) == sizeof(float))
     if (!transposed) {
       panel.x = x, panel.x_stride = args.x.row;
-      return multiply_panel<false>(panel, memory.panel, 0, first, count, 0);
+      return multiply_panel<Order::rows>(panel, memory.panel, 0, first, count, 0);
     }
   for (int64_t m = first; m < first + count; m += kRowsCopied) {
     const int64_t rows = smaller(kRowsCopied, first + count - m);
@@ -114,12 +136,15 @@ void multiply(const Matmul& args, const Slab& slab, int64_t n, int64_t first, in
       part.y += m * part.y_stride;
     else
       part.y = memory.y, part.y_stride = kPanel;
-    if (transposed) {
+    if constexpr (!kWide) {
+      part.x = args.gathered + m * slab.length;
+      multiply_in_chunks<Order::gathered>(part, memory.panel, 0, 0, rows, 0);
+    } else if (transposed) {
       copy_rows(x + m, args.x.column, slab.length, rows, memory.x, kRowsCopied);
-      multiply_panel<true>(part, memory.panel, 0, 0, rows, 0);
+      multiply_panel<Order::columns>(part, memory.panel, 0, 0, rows, 0);
     } else {
       copy_rows(x + m * args.x.row, args.x.row, rows, slab.length, memory.x, kCopiedRow);
-      multiply_panel<false>(part, memory.panel, 0, 0, rows, 0);
+      multiply_panel<Order::rows>(part, memory.panel, 0, 0, rows, 0);
     }
     if (!slab.y) store_rounded(memory.y, rows, shape.N, static_cast<T*>(args.y) + m * args.y_stride + n, args.y_stride);
   }
@@ -127,7 +152,7 @@ void multiply(const Matmul& args, const Slab& slab, int64_t n, int64_t first, in
 
 template <class T>
 void multiply_all(const Matmul& args) {
-  const bool copied = sizeof(T) != sizeof(float) || args.x.column != 1, rounded = args.y_dtype != DType::f32;
+  const bool copied = !kWide || sizeof(T) != sizeof(float) || args.x.column != 1, rounded = args.y_dtype != DType::f32;
   const int64_t most_of_k = copied ? kMostCopied : kSlab;
   const int64_t panels = (args.N + kPanel - 1) / kPanel, wanted = kTasks * omp_get_max_threads();
   const int64_t most = (args.M + kRowsOfTask - 1) / kRowsOfTask;
@@ -144,6 +169,10 @@ void multiply_all(const Matmul& args) {
                     k == 0 ? args.addend_stride : sums_stride,
                     rounded && last ? nullptr : sums,
                     sums_stride};
+    if constexpr (!kWide) {
+      const T* x = static_cast<const T*>(args.x.data) + k * args.x.column;
+      gather_rows(x, args.x.row, args.x.column, args.M, slab.length, args.gathered);
+    }
     parallel_for(panels * groups, args.M * args.N * slab.length / 4, [&](int64_t task) {
       const int64_t first = task % groups * rows;
       if (first < args.M) multiply<T>(args, slab, task / groups * kPanel, first, smaller(rows, args.M - first));

@@ -4,9 +4,10 @@
 #include <cmath>
 #include <cstring>
 
+#include "../common/isa.h"
 #include "../common/pages.h"
 #include "../common/parallel.h"
-#include "linear.h"
+#include "parts.h"
 
 namespace fused::cpu {
 namespace {
@@ -30,7 +31,8 @@ float from_bf16(uint16_t bits) {
 // Where W[n, k] lies, in elements.
 int64_t place(const PackedWeight& w, int64_t n, int64_t k) {
   const int64_t panel = n / kPanel, column = n % kPanel;
-  if (w.form == WeightForm::f32) return (panel * w.K + k) * kPanel + column;
+  if (w.form == WeightForm::f32)
+    return (panel * kPanel + column / w.columns * w.columns) * w.K + k * w.columns + column % w.columns;
   const int64_t together = w.form == WeightForm::bf16 ? 2 : 4, tile = kColumns * together;
   const int64_t tiles = (panel * (w.depth() / tile) + k / tile) * (kPanel / kColumns) + column / kColumns;
   return ((tiles * kColumns + k % tile / together) * kColumns + column % kColumns) * together + k % together;
@@ -43,7 +45,7 @@ PackedWeight pack_weight(const float* weight, int64_t stride, int64_t N, int64_t
   // A sum of K products of bytes must fit into an int32.
   FT_REQUIRE(form != WeightForm::int8 || K <= 65536, "int8 weights may have 65536 inputs at most, got " << K);
   PackedWeight w;
-  w.N = N, w.K = K, w.form = form;
+  w.N = N, w.K = K, w.form = form, w.columns = columns_together();
   w.data = allocate_pages(size_t(w.bytes()));
   const int64_t padded = w.panels() * kPanel;
   if (form == WeightForm::int8) w.scales = allocate_pages(size_t(padded) * 8);

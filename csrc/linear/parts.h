@@ -1,11 +1,19 @@
 #pragma once
-// The kernels of linear.cpp, one for each form of the weights, and of matmul.cpp, compiled for each instruction set.
+// The kernels of linear.cpp, one for each form of the weights, and of matmul.cpp, compiled for each instruction set;
+// and what they have in common with what prepares their operands.
 
 #include "../common/isa.h"
 #include "linear.h"
 #include "matmul.h"
 
 namespace fused::cpu {
+
+// Float32 columns that a kernel computes together (block.h), and in which weights are packed.
+inline int64_t columns_together() { return isa() == Isa::avx512 ? 64 : 16; }
+// From so many rows on x is put in the order of these kernels as well, if it is worth it at all (gather.h).
+constexpr int64_t kLeastGathered = 12;
+inline bool gathers() { return isa() != Isa::avx512; }
+
 FT_DECLARE_ISA(linear_float32, Linear)
 FT_DECLARE_ISA(linear_bfloat16, Linear)
 FT_DECLARE_ISA(linear_int8, Linear)

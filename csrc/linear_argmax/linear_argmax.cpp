@@ -16,7 +16,7 @@ namespace {
 PackedWeight only(const PackedWeight& w, int64_t panel) {
   PackedWeight one;
   one.N = w.N - panel * kPanel < kPanel ? w.N - panel * kPanel : kPanel;
-  one.K = w.K, one.form = w.form, one.finite = w.finite;
+  one.K = w.K, one.form = w.form, one.columns = w.columns, one.finite = w.finite;
   const auto view = [](void* p) { return std::shared_ptr<void>(std::shared_ptr<void>(), p); };
   one.data = view(static_cast<char*>(w.data.get()) + panel * kPanel * w.depth() * w.element_bytes());
   // unpack_weight reads scales alone, and these come first; the sums behind them would be those of another panel
