@@ -63,7 +63,7 @@ def pytest_addoption(parser):
     group.addoption("--device", default="cpu", choices=("cpu", "cuda"), help="where to run (default: cpu)")
     group.addoption("--results", type=Path, help="write the results as JSON into this folder")
     group.addoption(
-        "--row-seconds", type=float, help="time one row about this long (default: 2.5, on a GPU 0.3; --quick: 0.3, 0.1)"
+        "--row-seconds", type=float, help="time one row about this long (default: 2.3, on a GPU 0.3; --quick: 0.3, 0.1)"
     )
     group.addoption("--quick", action="store_true", help="the first shape of each group")
     group.addoption("--op", type=names, help="files or benchmarks in them, by commas")
@@ -79,7 +79,7 @@ def pace(config) -> Pace:
     quick = config.getoption("--quick")
     seconds = config.getoption("--row-seconds")
     if seconds is None:
-        seconds = (0.1 if quick else 0.3) if Stamp.device == "cuda" else (0.3 if quick else 2.5)
+        seconds = (0.1 if quick else 0.3) if Stamp.device == "cuda" else (0.3 if quick else 2.3)
     return Pace(seconds, 1 if quick else 2, 3 if quick else 5)
 
 

@@ -51,19 +51,28 @@ def onednn_multiplies(dtype: torch.dtype) -> bool:
 
 
 QUICKER = _quicker()
+# And whether those of few rows and many weights are in float32, where others are not: see csrc/linear/matmul.cpp.
+QUICKER_FOR_FEW = SETTING == "" and _native.available() and _native.library().matmul_is_quicker_for_few_rows()
+FEW_ROWS = range(4, 257)
+MANY_WEIGHTS = 4_000_000
 # Multiply-adds: fewer take less time than the calls around them.
 LEAST = {torch.float32: 2**21, torch.float16: 2**16, torch.bfloat16: 2**16}
 # Rows of x: the weights are put in order for the product, which fewer rows do not pay for.
 LEAST_ROWS = {torch.float32: 16, torch.float16: 4, torch.bfloat16: 4}
 
 
+def ever() -> bool:
+    """Whether `takes` can be true here."""
+    return bool(QUICKER) or QUICKER_FOR_FEW
+
+
 def takes(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Whether `linear` is the one to call, and not torch's: eager, on the CPU, and large enough."""
-    if not QUICKER or torch.compiler.is_compiling():
+    if not ever() or torch.compiler.is_compiling():
         return False
     lower = autocast_dtype(x)
     dtype = lower or x.dtype
-    if dtype not in QUICKER or weight.dim() != 2 or x.numel() * weight.shape[0] < LEAST[dtype]:
+    if weight.dim() != 2 or not _is_worth_it(dtype, x, weight):
         return False
     dtypes = (dtype,) if lower is None else tuple(_native.DTYPES)
     return (
@@ -71,11 +80,17 @@ def takes(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         and _is_dense(x, dtypes)
         and x.dim() >= 2
         and x.shape[-1] == weight.shape[1]
-        and x.numel() >= LEAST_ROWS[dtype] * x.shape[-1]
         and (bias is None or (_is_dense(bias, dtypes) and bias.shape == weight.shape[:1]))
         and torch.autograd.forward_ad._current_level < 0
         and not routed(x)
     )
+
+
+def _is_worth_it(dtype: torch.dtype, x: Tensor, weight: Tensor) -> bool:
+    if dtype in QUICKER:
+        return x.numel() * weight.shape[0] >= LEAST[dtype] and x.numel() >= LEAST_ROWS[dtype] * weight.shape[1]
+    few = QUICKER_FOR_FEW and dtype == torch.float32 and weight.numel() >= MANY_WEIGHTS
+    return few and x.numel() // weight.shape[1] in FEW_ROWS
 
 
 def _is_dense(x: Tensor, dtypes: tuple[torch.dtype, ...]) -> bool:
@@ -135,6 +150,8 @@ class _Linear(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             dx = dy @ weight if by_torch else product(dy, weight.t())
         if ctx.needs_input_grad[1]:
+            # Few rows, the K of this product, are what makes the others quicker.
+            by_torch |= dy.dtype not in QUICKER
             dweight = dy.t() @ x if by_torch else product(dy.t(), x.t())
         if ctx.needs_input_grad[2]:
             dbias = dy.sum(0)

@@ -95,6 +95,8 @@ def _cpu() -> str:
 def _products() -> str:
     """Whose products of matrices the layers take on the CPU."""
     own = sorted(str(dtype).removeprefix("torch.") for dtype in matmul.QUICKER)
+    if matmul.QUICKER_FOR_FEW:
+        own.append(f"float32 of few rows and {matmul.MANY_WEIGHTS:,} weights")
     return f"this package's own in {', '.join(own)}, else torch's" if own else "torch's"
 
 

@@ -63,6 +63,7 @@ void register_linear(py::module_& m) {
       },
       release());
   m.def("matmul_is_quicker", &cpu::matmul_is_quicker, "Whether matmul is quicker than torch's float32 product here.");
+  m.def("matmul_is_quicker_for_few_rows", &cpu::matmul_is_quicker_for_few_rows, "Likewise; of few rows, many weights.");
   m.def(
       "matmul",
       [](const std::array<int64_t, 3>& sizes, int dtype, const Matrix& x, const Matrix& w, uintptr_t bias,

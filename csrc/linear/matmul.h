@@ -38,7 +38,9 @@ constexpr int64_t kMostCopied = 1024;
 
 void matmul(const Matmul& args);
 
-// Whether this is the quicker one here in float32, and not torch's product.
+// Whether this is the quicker one here in float32, and not torch's product; whether it is for few rows beside many
+// weights.
 bool matmul_is_quicker();
+bool matmul_is_quicker_for_few_rows();
 
 }  // namespace fused::cpu

@@ -260,6 +260,25 @@ def test_autocast_of_a_dtype_that_torch_multiplies_well_is_torchs(monkeypatch):
         assert linear(x, weight, bias).dtype == torch.bfloat16
 
 
+def test_float32_of_few_rows_and_many_weights_alone(monkeypatch):
+    monkeypatch.setattr(matmul, "QUICKER", frozenset())
+    monkeypatch.setattr(matmul, "QUICKER_FOR_FEW", True)
+    monkeypatch.setattr(matmul, "MANY_WEIGHTS", 96 * 128)
+    weight, bias = normal(128, 96), normal(128)
+    taken = [rows for rows in (1, 3, 4, 256, 257) if matmul.takes(normal(rows, 96), weight, bias)]
+    assert taken == [4, 256] and matmul.takes(normal(2, 100, 96), weight, bias)
+    assert not matmul.takes(normal(16, 96), weight[1:], None)
+    assert not matmul.takes(normal(16, 96).bfloat16(), weight.bfloat16(), None)
+    assert not matmul.takes(normal(16, 0), weight[:, :0], None)
+    x, dy = normal(16, 96), normal(16, 128)
+    ours, torchs = [[t.clone().requires_grad_() for t in (x, weight, bias)] for _ in range(2)]
+    assert matmul.takes(*ours)
+    y, expected = linear(*ours), F.linear(*torchs)
+    torch.testing.assert_close(y, expected)
+    for one, other in zip(torch.autograd.grad(y, ours, dy), torch.autograd.grad(expected, torchs, dy), strict=True):
+        torch.testing.assert_close(one, other)
+
+
 @pytest.mark.parametrize("supported", [True, False])
 def test_in_16_bits_onednn_is_asked(supported, monkeypatch):
     if _native.library().isa() == "baseline":
