@@ -63,12 +63,12 @@ LEAST_ROWS = {torch.float32: 16, torch.float16: 4, torch.bfloat16: 4}
 
 def ever() -> bool:
     """Whether `takes` can be true here."""
-    return bool(QUICKER) or QUICKER_FOR_FEW
+    return len(QUICKER) > 0 or QUICKER_FOR_FEW
 
 
 def takes(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Whether `linear` is the one to call, and not torch's: eager, on the CPU, and large enough."""
-    if not ever() or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or not ever():
         return False
     lower = autocast_dtype(x)
     dtype = lower or x.dtype

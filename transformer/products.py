@@ -18,6 +18,6 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def applied(module: nn.Module, x: Tensor) -> Tensor:
     """module(x); by `linear` if it is a linear layer that nobody hooked, parametrized or replaced."""
-    if not matmul.ever() or torch.compiler.is_compiling() or not plain(module, *LINEARS) or _has_any_global_hook():
+    if torch.compiler.is_compiling() or not matmul.ever() or not plain(module, *LINEARS) or _has_any_global_hook():
         return module(x)
     return linear(x, module.weight, module.bias)  # type: ignore[arg-type]

@@ -59,7 +59,8 @@ FT_INLINE void block(const Linear& args, const float* weights, int64_t m, int64_
     const auto factor_of = [&](int r) __attribute__((always_inline)) {
       return splat(kSideBySide ? factor[r] : factor[r * args.x_stride]);
     };
-    // Beside the sums there are registers for all of the fewer, rows or vectors, and one of the others at a time.
+    // Beside the sums AVX2 has registers for two vectors of weights and one factor; the others take one vector at a
+    // time.
     if constexpr (kVectors < kRows && !kWide) {
       Vec w[kVectors];
 #pragma GCC unroll 4
@@ -87,7 +88,7 @@ FT_INLINE void block(const Linear& args, const float* weights, int64_t m, int64_
   const float *row = weights + chunk.begin * kBlock, *factor = x + chunk.begin * along;
   for (int64_t k = chunk.begin; k < chunk.end; k += kTurn) {
     for (due += kTurn * chunk.lines_in_64_rows; due >= 64; due -= 64, ahead += kLine) __builtin_prefetch(ahead, 0, 2);
-    const int64_t stop = smaller(k + kTurn, chunk.end);
+    const int64_t stop = kTurn == 1 ? k + 1 : smaller(k + kTurn, chunk.end);
 #pragma GCC unroll kUnrolled
     for (int64_t i = k; i < stop; ++i, row += kBlock, factor += along) step(row, factor);
   }
@@ -149,7 +150,7 @@ void multiply_in_chunks(const Linear& args, const float* weights, int64_t n, int
     Chunk chunk{k, smaller(k + kChunk, K), nullptr, due, running, total};
     for_each_block(args, weights, n, [&](int64_t part, const float* own) {
       const int64_t row = k + kAhead;  // beyond K: of the same columns in the next panel
-      chunk.ahead = own + (row < K ? row * kBlock : K * kPanel + (row - K) * kBlock);
+      chunk.ahead = own + (row < K ? row * kBlock : K * kPanel + (kWide ? row - K : 0) * kBlock);
       for_equal_blocks(kRows, count, [&](int64_t m, int rows) {
         blocks<kRows, kOrder>(args, own, first + m, n + part, rows, chunk);
         chunk.running += rows * kBlock, chunk.total += rows * kBlock;

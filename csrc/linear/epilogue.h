@@ -43,13 +43,9 @@ void for_each_panel(const Linear& args, const F& f) {  // f(panel, first row, ro
 }
 
 // f(first row, rows) for blocks of at most `most` rows that are as equal as can be: one row alone wastes a block.
-FT_INLINE int64_t equal_step(int64_t most, int64_t count) {
-  const int64_t blocks = (count + most - 1) / most;
-  return (count + blocks - 1) / blocks;
-}
 template <class F>
 FT_INLINE void for_equal_blocks(int64_t most, int64_t count, const F& f) {
-  const int64_t step = equal_step(most, count);
+  const int64_t blocks = (count + most - 1) / most, step = (count + blocks - 1) / blocks;
   for (int64_t m = 0; m < count; m += step) f(m, int(smaller(step, count - m)));
 }
 

@@ -20,6 +20,7 @@ namespace fused::cpu::FT_ISA {
 
 void linear_float32(const Linear& args) {
   const PackedWeight& w = *args.weight;
+  FT_REQUIRE(w.columns == kBlock, "the weight is packed for another instruction set than this was compiled for");
   Places places;
   if (places.find(args))
     return for_each_panel(args, [&](int64_t panel, int64_t, int64_t) {

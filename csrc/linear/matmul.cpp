@@ -9,6 +9,9 @@
 #include "parts.h"
 
 namespace fused::cpu {
+namespace {
+constexpr size_t kFewFloats = 1 << 18;  // which malloc has at hand
+}
 
 // torch's float32 product is MKL's, which on AMD's processors leaves half of AVX-512 unused: 105 to 113 GFLOP/s on one
 // thread of a Zen 5 that does 263, where this one reaches 225 to 250. On Intel's MKL is at 91 % of the peak.
@@ -33,7 +36,9 @@ void matmul(const Matmul& args) {
   }
   std::shared_ptr<void> rows;
   if (gathers()) {
-    rows = reused_pages(size_t(args.M) * size_t(args.K < kMostCopied ? args.K : kMostCopied) * sizeof(float));
+    const size_t count = size_t(args.M) * size_t(args.K < kMostCopied ? args.K : kMostCopied);
+    rows = count < kFewFloats ? std::shared_ptr<void>(new float[count], std::default_delete<float[]>())
+                              : reused_pages(count * sizeof(float));
     with_memory.gathered = static_cast<float*>(rows.get());
   }
   FT_DISPATCH_ISA(matmul_panels, with_memory);

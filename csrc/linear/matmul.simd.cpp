@@ -2,7 +2,8 @@
 // in its cache.
 //
 // Bound by the multiply-adds, 2 M N K, in 16 bits too, since these are float32's. Packing is N K elements a slab of K
-// and group of rows, at about 4 a nanosecond; copying x is M K for every panel of 64 columns.
+// and group of rows, at about 4 a nanosecond; copying x is M K for every panel of 64 columns with AVX-512, and once, in
+// the order of the blocks, with narrower vectors.
 
 #include <omp.h>
 
@@ -25,7 +26,7 @@ constexpr int64_t kRowsOfTask = 96;  // a task of fewer would pack for more than
 
 // Of a thread: a panel, and beside it, where x is copied, these rows of x and, where y has 16 bits, of y.
 struct alignas(64) Memory {
-  float panel[kSlab * kPanel];
+  float panel[(kWide ? kSlab : kMostCopied) * kPanel];
   float x[kWide ? kRowsCopied * kCopiedRow : 1];
   float y[kRowsCopied * kPanel];
 };
@@ -183,6 +184,7 @@ void multiply_all(const Matmul& args) {
 }  // namespace
 
 void matmul_panels(const Matmul& args) {
+  FT_REQUIRE(kWide || args.gathered != nullptr, "working memory is missing");
   with_storage(args.dtype, [&](auto tag) { multiply_all<typename decltype(tag)::type>(args); });
 }
 
