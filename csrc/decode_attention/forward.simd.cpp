@@ -66,20 +66,49 @@ FT_INLINE void locate(const DecodeAttention& args, const Rows& r, int64_t first,
     const int64_t position = first + j;
     const int64_t row =
         args.rows.data == nullptr ? r.b : at(args.rows, r.b * args.rows_batch + position * args.rows_position);
-    block.keys[j] = element<const T>(args.k, row, r.hk, position);
-    block.values[j] = element<const T>(args.v, row, r.hk, position);
+    block.rows[2 * j] = element<const T>(args.k, row, r.hk, position);
+    block.rows[2 * j + 1] = element<const T>(args.v, row, r.hk, position);
   }
 }
 
-// A task's place among all: the heads one after another, the sequences of a head, tiles of rows, splits of keys.
-// The sequences of a head follow each other: beams, which are neighbours, read the same keys where they agree.
+// The same keys of a sequence, that many heads further.
+template <class T>
+FT_INLINE void move(const DecodeAttention& args, int64_t heads, const Block<T>& from, Block<T>& to) {
+  const int64_t keys = heads * args.k.stride[1], values = heads * args.v.stride[1];
+  to.count = from.count;
+  for (int j = 0; j < from.count; ++j) {
+    to.rows[2 * j] = from.rows[2 * j] + keys;
+    to.rows[2 * j + 1] = from.rows[2 * j + 1] + values;
+  }
+}
+
+// A task's place among all: the sequences one after another, the heads of one, tiles of rows, splits of keys. The heads
+// of a sequence are neighbours in memory; and what beams, which follow each other, share is in the second cache still.
 struct Task {
   Rows rows;
   int64_t split, start, stop;  // the keys start ... stop
 
   Task(const DecodeAttention& args, int64_t index, int64_t tiles, int64_t splits) : split(index % splits) {
-    const int64_t all = args.H / args.Hk * args.L, first = index / splits % tiles * kRows;
-    rows = {index / splits / tiles % args.B, index / splits / tiles / args.B, first, int(smaller(kRows, all - first))};
+    const int64_t head = index / splits / tiles;
+    rows = {head / args.Hk, head % args.Hk, index / splits % tiles * kRows, 0};
+    complete(args);
+  }
+
+  // The one that follows. There must be one.
+  void advance(const DecodeAttention& args, int64_t tiles, int64_t splits) {
+    if (++split == splits) {
+      split = 0;
+      if ((rows.first += kRows) >= tiles * kRows) {
+        rows.first = 0;
+        if (++rows.hk == args.Hk) rows.hk = 0, ++rows.b;
+      }
+    }
+    complete(args);
+  }
+
+ private:
+  void complete(const DecodeAttention& args) {
+    rows.rows = int(smaller(kRows, args.H / args.Hk * args.L - rows.first));
     start = split * kSplit;
     stop = smaller(keys_of(args, rows.b), start + kSplit);
   }
@@ -104,7 +133,10 @@ void run(const DecodeAttention& args, const Task& task, const Task* after, Block
   const int64_t n = keys_of(args, r.b), start = task.start, stop = task.stop;
   const auto locate_after = [&]() -> Block<T>* {
     if (after == nullptr || after->start >= after->stop) return nullptr;
-    locate(args, after->rows, after->start, after->stop, blocks.next());
+    if (after->rows.b == r.b && after->start == start && stop - start <= kBlock)
+      move(args, after->rows.hk - r.hk, blocks.current(), blocks.next());
+    else
+      locate(args, after->rows, after->start, after->stop, blocks.next());
     return &blocks.next();
   };
   if (stop <= start) {
@@ -138,9 +170,10 @@ void run(const DecodeAttention& args, const Task& task, const Task* after, Block
       const int64_t count = smaller(seen[m] - j, block.count);
       counts[m] = count < 0 ? 0 : int(count);
     }
-    for (int m = 0, step = 0; m < r.rows; m += step) {
-      step = fold_group(r.rows - m, q + m * kLd, block, next, m == 0, counts + m, D, softmax + m, sums + m * kLd);
-    }
+    Ahead<T> ahead(next, (r.rows + kGroup - 1) / kGroup, D);
+    for (int m = 0, step = 0; m < r.rows; m += step)
+      step = fold_group(r.rows - m, q + m * kLd, block, ahead, counts + m, D, softmax + m, sums + m * kLd);
+    ahead.ask_for_the_rest();
   }
 
   for (int m = 0; m < r.rows; ++m) {
@@ -191,7 +224,8 @@ void decode_attention(const DecodeAttention& args) {
       Task task(args, begin, tiles, splits);
       if (task.start < task.stop) locate(args, task.rows, task.start, task.stop, blocks.current());
       for (int64_t index = begin; index < end; ++index) {
-        const Task after(args, index + 1 < end ? index + 1 : index, tiles, splits);
+        Task after = task;
+        if (index + 1 < end) after.advance(args, tiles, splits);
         run(args, task, index + 1 < end ? &after : nullptr, blocks);
         task = after;
       }
