@@ -220,11 +220,15 @@ FT_INLINE float reduce_sum(Vec v) {
   return lane[0];
 }
 
-FT_INLINE Vec round_nearest(Vec x) {  // for |x| < 2^22: the adder's own rounding
+FT_INLINE Vec round_nearest(Vec x) {  // for |x| < 2^22
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  return (Vec)_mm256_round_ps((__m256)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#else  // the adder's own rounding
   const Vec magic = splat(12582912.0f);
   Vec shifted = x + magic;
   asm("" : "+m"(shifted));  // keeps the compiler from folding (x + c) - c
   return shifted - magic;
+#endif
 }
 
 // e^x, relative error below 2 ulp (2^n times a degree-6 polynomial on |r| <= ln(2)/2, Cephes coefficients).
