@@ -68,8 +68,14 @@ void row(const LogSoftmaxTopK& args, int64_t r) {
     const int64_t stop = first + kBlock < args.V ? first + kBlock : args.V;
     for (int64_t group = first; group < stop; group += kGroup * kWidth) {
       Vec highest = splat(-kInf);
-      const int64_t end = group + kGroup * kWidth < stop ? group + kGroup * kWidth : stop;
-      for (int64_t col = group; col < end; col += kWidth) highest = vmax(logits_at(x + col, end - col), highest);
+      int64_t end = group + kGroup * kWidth;
+      if (end <= stop) {
+#pragma GCC unroll 8
+        for (int i = 0; i < kGroup; ++i) highest = vmax(load(x + group + i * kWidth), highest);
+      } else {
+        end = stop;
+        for (int64_t col = group; col < end; col += kWidth) highest = vmax(logits_at(x + col, end - col), highest);
+      }
       top = vmax(highest, top);
       if (best.is_full() && !any(highest > splat(best.logit[best.k - 1]))) continue;
       for (int64_t col = group; col < end; col += kWidth) {
@@ -84,7 +90,10 @@ void row(const LogSoftmaxTopK& args, int64_t r) {
     maximum = largest_lane(top);
     const Vec shift = splat(maximum == -kInf ? 0.0f : maximum);
     Vec sum{};  // of the block alone: its rounding errors don't grow with the row
-    for (int64_t col = first; col < stop; col += kWidth) sum += exp(logits_at(x + col, stop - col) - shift);
+    int64_t col = first;
+#pragma GCC unroll 4
+    for (; col + kWidth <= stop; col += kWidth) sum += exp(load(x + col) - shift);
+    if (col < stop) sum += exp(logits_at(x + col, stop - col) - shift);
     total = total * exp(splat(before) - shift) + sum;
   }
 
