@@ -6,7 +6,7 @@ The model is Transformer-base with 32,000 subwords and random weights, packed as
 tokens into translations of sources of SOURCE tokens. The layers' part of a step is one native call; its own parts are
 timed through the ops that it is tested against, on the same tensors, and "rest" is what the call takes beyond them
 (below 0: less than the ops one by one). "limit" is the least time for reading all weights or multiplying by them, at
-rates measured in the same run; a greedy step of few sentences does without most of the vocabulary's.
+rates measured in the same run; a greedy step without scores does without most of the vocabulary's.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Step:
         self.hidden = self.layers()
         self.logits = model.project(self.hidden)
         self.scores = torch.zeros(self.rows)
-        self.screened = beams == 1 and model.likeliest(self.hidden) is not None
+        self.screened = beams == 1 and self.likeliest() is not None
 
     def layers(self) -> Tensor:
         """The native call, and the embedding ahead of it."""
@@ -81,9 +81,15 @@ class Step:
             for norm in layer.norms:
                 layer_norm(self.hidden, norm.weight, norm.bias, eps=decoder.eps)
 
+    def likeliest(self) -> tuple[Tensor, Tensor] | None:
+        return self.model.likeliest(self.hidden, scores=False)
+
     def vocabulary(self) -> None:
-        """All logits, or the likeliest token where a greedy search can tell it from less."""
-        (self.model.likeliest if self.screened else self.model.project)(self.hidden)
+        """All logits, or the likeliest token where a greedy search without scores can tell it from less."""
+        if self.screened:
+            self.likeliest()
+        else:
+            self.model.project(self.hidden)
 
     def search(self) -> None:
         if not self.screened:

@@ -77,9 +77,10 @@ class _DeferringStep(_CachedStep):
     """Of a model that tells the likeliest token without all logits; see `deferred.py`."""
 
     model: PackedTransformer
+    scores: bool = True  # whether these will be asked for
 
     def likeliest(self, hidden: Tensor) -> tuple[Tensor, Tensor] | None:
-        return self.model.likeliest(hidden)
+        return self.model.likeliest(hidden, scores=self.scores)
 
     def project(self, hidden: Tensor) -> Tensor:
         return self.model.project(hidden)
@@ -94,7 +95,9 @@ def _step_function(
     few = len(memory) > 0 and levels_for(len(memory), options.rows) > 0
     if few and not options.num_samples and packed.draft is not None:
         return LookingAhead(packed, memory, source_lengths, options.rows, int(max_lengths.max()))
-    return _DeferringStep(packed, memory, source_lengths, options.rows)
+    step = _DeferringStep(packed, memory, source_lengths, options.rows)
+    step.scores = options.scores
+    return step
 
 
 def _check_source(source_tokens: Tensor) -> None:

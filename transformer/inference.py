@@ -214,14 +214,20 @@ class PackedTransformer:
         return linear(hidden, self._output)
 
     @torch.no_grad()
-    def likeliest(self, hidden: Tensor) -> tuple[Tensor, Tensor] | None:
+    def likeliest(self, hidden: Tensor, *, scores: bool = True) -> tuple[Tensor, Tensor] | None:
         """The largest logit of hidden states (N, E) and its token, (N,) each: those of `project(hidden).max(-1)`.
 
         None where nothing is gained by asking for less than all logits: many rows, or a small vocabulary.
+
+        Args:
+            hidden: float32.
+            scores: whether all their logits will be asked for as well, later and with others', which is then a gain
+                only for so few rows that the weights' memory is what takes the time.
         """
-        if self._screened is None or len(hidden) > guessing.MOST_GREEDY_ROWS:
+        if self._screened is None:
             return None
-        return linear_argmax(hidden, self._screened)
+        most = guessing.MOST_GREEDY_ROWS if scores else self._screened.most_rows
+        return linear_argmax(hidden, self._screened) if len(hidden) <= most else None
 
     # ---------------------------------------------------------------- packing
 

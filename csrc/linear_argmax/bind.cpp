@@ -19,17 +19,20 @@ void register_linear_argmax(py::module_& m) {
              return cpu::make_screen(weight, rounded, at(bias));
            }),
            release())
-      .def_property_readonly("bytes", &cpu::Screen::bytes);
+      .def_property_readonly("bytes", &cpu::Screen::bytes)
+      .def_property_readonly("most_rows", &cpu::Screen::most_rows);
   m.def(
       "linear_argmax",
-      [](const cpu::Screen& screen, int64_t M, const std::array<int64_t, 2>& x, uintptr_t values, uintptr_t places) {
+      [](const cpu::Screen& screen, int64_t M, const std::array<int64_t, 2>& x, uintptr_t values, uintptr_t places,
+         int levels) {
         cpu::LinearArgmax args;
         args.screen = &screen;
-        args.M = M;
+        args.M = M, args.levels = levels;
         args.x = at(uintptr_t(x[0])), args.x_stride = x[1];
         args.values = at(values), args.places = at(places);
         return cpu::linear_argmax(args);
       },
+      py::arg("screen"), py::arg("M"), py::arg("x"), py::arg("values"), py::arg("places"), py::arg("levels") = 0,
       release());
 }
 

@@ -24,6 +24,16 @@ PackedWeight only(const PackedWeight& w, int64_t panel) {
   return one;
 }
 
+// The columns of one block of a float32 weight, likewise.
+PackedWeight block_of(const PackedWeight& w, int64_t block) {
+  PackedWeight one;
+  one.N = w.N - block * w.columns < w.columns ? w.N - block * w.columns : w.columns;
+  one.K = w.K, one.columns = w.columns, one.finite = w.finite;
+  one.data =
+      std::shared_ptr<void>(std::shared_ptr<void>(), static_cast<float*>(w.data.get()) + block * w.columns * w.K);
+  return one;
+}
+
 // No less than x; float32's own rounding takes a third off the smallest numbers.
 float above(double x) { return std::nextafter(float(x), HUGE_VALF); }
 
@@ -66,55 +76,58 @@ Screen make_screen(const PackedWeight& weight, const PackedWeight& rounded, cons
 
 int64_t linear_argmax(const LinearArgmax& args) {
   FT_REQUIRE(args.screen != nullptr, "the screen is missing");
+  FT_REQUIRE(0 <= args.levels && args.levels <= 2, "levels must be 0, 1 or 2, got " << args.levels);
   const Screen& screen = *args.screen;
-  const int64_t M = args.M, K = screen.weight.K, panels = screen.weight.panels();
+  const int64_t M = args.M, K = screen.weight.K, blocks = screen.blocks();
+  const int64_t levels = args.levels > 0 ? args.levels : screen.weight.columns < kPanel ? 1 : 2;
   using Room = Scratch<LinearArgmax>;
-  const int64_t rounded_bytes = linear_scratch(screen.rounded, 2 * M);
-  Room room(Room::room(2 * M * K * 4) + Room::room(2 * M * screen.columns() * 4) + Room::room(2 * M * 4) +
-            Room::room(M * panels) + Room::room(M * panels * 8) + 2 * Room::room(M * panels * 4) +
+  const int64_t rounded_bytes = linear_scratch(screen.rounded, levels * M);
+  Room room(Room::room(levels * M * K * 4) + Room::room(levels * M * screen.columns() * 4) + Room::room(2 * M * 4) +
+            Room::room(M * blocks) + Room::room(M * blocks * 8) + 2 * Room::room(M * blocks * 4) +
             Room::room(rounded_bytes));
   Screening s{};
-  s.screen = &screen, s.M = M, s.x = args.x, s.x_stride = args.x_stride;
-  s.rows = room.take<float>(2 * M * K);
-  s.results = room.take<float>(2 * M * screen.columns());
+  s.screen = &screen, s.M = M, s.levels = levels, s.x = args.x, s.x_stride = args.x_stride;
+  s.rows = room.take<float>(levels * M * K);
+  s.results = room.take<float>(levels * M * screen.columns());
   s.reach = room.take<float>(2 * M);
-  s.wanted = room.take<uint8_t>(M * panels);
-  int64_t* const tasks = room.take<int64_t>(M * panels);  // m * panels + panel, in order
-  float* const values = room.take<float>(M * panels);     // of each task
-  int32_t* const places = room.take<int32_t>(M * panels);
+  s.wanted = room.take<uint8_t>(M * blocks);
+  int64_t* const tasks = room.take<int64_t>(M * blocks);  // block * M + m, in order: a block is read once for all rows
+  float* const values = room.take<float>(M * blocks);     // of each task
+  int32_t* const places = room.take<int32_t>(M * blocks);
 
   [&] { FT_DISPATCH_ISA(split_rows, s) }();
   Linear rough;
   rough.weight = &screen.rounded;
-  rough.M = 2 * M, rough.x = s.rows, rough.x_stride = K;
+  rough.M = levels * M, rough.x = s.rows, rough.x_stride = K;
   rough.y = s.results, rough.y_stride = screen.columns();
   rough.scratch = room.take<char>(rounded_bytes);
   linear(rough);
-  [&] { FT_DISPATCH_ISA(mark_panels, s) }();
+  [&] { FT_DISPATCH_ISA(mark_blocks, s) }();
 
   int64_t count = 0;
-  for (int64_t i = 0; i < M * panels; ++i)
-    if (s.wanted[i]) tasks[count++] = i;
-  parallel_for(count, count * kPanel * K, [&](int64_t i) {
-    const int64_t m = tasks[i] / panels, panel = tasks[i] % panels;
-    const PackedWeight weight = only(screen.weight, panel);
+  for (int64_t block = 0; block < blocks; ++block)
+    for (int64_t m = 0; m < M; ++m)
+      if (s.wanted[m * blocks + block]) tasks[count++] = block * M + m;
+  parallel_for(count, count * screen.weight.columns * K, [&](int64_t i) {
+    const int64_t block = tasks[i] / M, m = tasks[i] % M;
+    const PackedWeight weight = block_of(screen.weight, block);
     alignas(64) float y[kPanel];
     Linear exact;
     exact.weight = &weight;
     exact.M = 1, exact.x = args.x + m * args.x_stride, exact.x_stride = args.x_stride;
-    exact.bias = screen.bias == nullptr ? nullptr : screen.bias + panel * kPanel;
+    exact.bias = screen.bias == nullptr ? nullptr : screen.bias + block * weight.columns;
     exact.y = y, exact.y_stride = kPanel;
     linear(exact);
     const int64_t best = first_of_the_largest(y, weight.N);
     values[i] = y[best], places[i] = int32_t(best);
   });
-  for (int64_t begin = 0, m = 0; m < M; ++m) {
-    int64_t end = begin;
-    while (end < count && tasks[end] / panels == m) ++end;
-    const int64_t best = begin + first_of_the_largest(values + begin, end - begin);
-    args.values[m] = values[best];
-    args.places[m] = tasks[best] % panels * kPanel + places[best];
-    begin = end;
+  for (int64_t m = 0; m < M; ++m) args.places[m] = -1;
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t m = tasks[i] % M;
+    const float best = args.values[m], value = values[i];
+    if (args.places[m] >= 0 && (best != best || !(value > best || value != value))) continue;
+    args.values[m] = value;
+    args.places[m] = tasks[i] / M * screen.weight.columns + places[i];
   }
   return count;
 }

@@ -8,12 +8,17 @@
 //
 //   |y_n - z_n - bias_n| <= |x| |W_n - Q_n| + |x - x'| |Q_n| + rounding
 //
-// x' is x to sixteen bits, as two rows of levels, so that nearly all of the bound is W's rounding: with random numbers
-// 0.17 of the results' standard deviation. A column whose upper bound is below the largest lower one can't be the
-// largest. Of the others (of 32,000 random results about four are left) `linear` computes the panels: value and place
-// are what a search through all its results finds, to the bit.
+// A column whose upper bound is below the largest lower one can't be the largest. Of the others `linear` computes the
+// blocks that it packs together: value and place are what a search through all its results finds, to the bit.
 //
-// At N = 32,000, K = 512: 16.4 MB of Q, 0.3 MB of bounds and 0.1 MB a panel, where W is 65.5 MB.
+// x' is x in one or two levels of eight bits. With two nearly all of the bound is W's rounding, with random numbers
+// 0.17 of the results' standard deviation, and of 32,000 results about 4 are left; with one the bound is twice that and
+// about 15 are, but z is half the work. A block is 16 columns, but 64 with AVX-512: there the 15 would be a quarter of
+// a megabyte more than they are worth, and dot products of bytes cost little, so x has two levels; elsewhere one.
+//
+// At N = 32,000, K = 512: 16.4 MB of Q, 0.3 MB of bounds and 33 KB a block (131 with AVX-512), where W is 65.5 MB. One
+// thread of a Zen 3, beside all results and their maxima: 1 row 2.2 and 6.6 ms, 4 rows 3.1 and 7.9, 8 rows 5.1 and 9.2,
+// 64 rows 32 and 38. (Two levels: 4.5 ms for 4 rows, 9.1 for 8.)
 
 #include <cstdint>
 #include <memory>
@@ -30,8 +35,12 @@ struct Screen {
   std::shared_ptr<void> bounds;  // float32, each to full panels: |W_n - Q_n|, then |W_n| + |W_n - Q_n|
 
   int64_t columns() const { return weight.panels() * kPanel; }
+  int64_t blocks() const { return (weight.N + weight.columns - 1) / weight.columns; }
   float* error() const { return static_cast<float*>(bounds.get()); }
   float* size() const { return error() + columns(); }
+  // For how many rows this is quicker than all results and a search through them. Measured at N = 32,000, K = 512 on a
+  // Zen 3 (AVX2), where 256 are as quick and 6 with two levels slower, and with AVX-512 up to 6, which were slower.
+  int64_t most_rows() const { return weight.columns < kPanel ? 256 : 4; }
   int64_t bytes() const { return rounded.bytes() + 2 * columns() * int64_t(sizeof(float)); }
 };
 
@@ -42,11 +51,12 @@ struct LinearArgmax {
   int64_t M = 0;
   const float* x = nullptr;
   int64_t x_stride = 0;
+  int levels = 0;             // of x': 1 or 2; 0: the quicker
   float* values = nullptr;    // (M,); NaN where a result is
   int64_t* places = nullptr;  // (M,)
 };
 
-// Returns how many panels were computed from W, of all rows together.
+// Returns how many blocks were computed from W, of all rows together.
 int64_t linear_argmax(const LinearArgmax& args);
 
 }  // namespace fused::cpu

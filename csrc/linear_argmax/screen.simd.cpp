@@ -1,4 +1,4 @@
-// What bounds a row's results, and which panels the bounds leave. See linear_argmax.h.
+// What bounds a row's results, and which blocks of columns the bounds leave. See linear_argmax.h.
 
 #include "screen.h"
 
@@ -29,7 +29,7 @@ FT_INLINE Vec magnitude(Vec x) { return x < 0.0f ? -x : x; }
 void split_row(const Screening& s, int64_t m) {
   const int64_t K = s.screen->weight.K;
   const float* x = s.x + m * s.x_stride;
-  float *coarse = s.rows + 2 * m * K, *rest = coarse + K, *reach = s.reach + 2 * m;
+  float *coarse = s.rows + s.levels * m * K, *rest = s.levels == 2 ? coarse + K : nullptr, *reach = s.reach + 2 * m;
   Vec top{}, squares{};
   for (int64_t k = 0; k < K; k += kWidth) {
     const Vec v = load(x + k, lanes(k, K));
@@ -38,29 +38,35 @@ void split_row(const Screening& s, int64_t m) {
   const float largest = reduce_max(top), length = __builtin_sqrtf(reduce_sum(squares));
   const bool bounded = length >= kShortest && length <= kLongest && length * s.screen->largest <= kFarthest;
   const float step = bounded ? largest / 127.0f : 0.0f, inverse = bounded ? 127.0f / largest : 0.0f;
-  Vec left{};
+  Vec left{}, off{};
   for (int64_t k = 0; k < K; k += kWidth) {
     const int count = lanes(k, K);
-    const Vec v = bounded ? load(x + k, count) : Vec{};
-    const Vec near = round_nearest(v * inverse) * step;
-    store(coarse + k, near, count), store(rest + k, v - near, count);
+    const Vec v = bounded ? load(x + k, count) : Vec{}, level = round_nearest(v * inverse), near = level * step;
+    store(coarse + k, near, count);
+    const Vec beside = v * inverse - level;  // in levels, where squares are of a size that float32 has
+    off += beside * beside;
+    if (rest == nullptr) continue;
+    store(rest + k, v - near, count);
     left = vmax(magnitude(v - near), left);
   }
-  // `rest` is rounded to levels of its own, off by half of one at most. Float32 sums of K products are off by
-  // K + 2 half ulps of |x| |W_n| at most in whatever order; the products with Q, which are exact, by a few.
-  const float half_level = reduce_max(left) / 254.0f;
+  // |x - x'|: `rest` is rounded to levels of its own, off by half of one at most; and without it, as it came out, where
+  // v * inverse is off by 127 * 3 half ulps. Float32 sums of K products are off by K + 2 half ulps of |x| |W_n| at most
+  // in whatever order; the products with Q, which are exact, by a few.
+  const float root = __builtin_sqrtf(float(K));
+  const float beyond =
+      rest != nullptr ? reduce_max(left) / 254.0f * root : step * (__builtin_sqrtf(reduce_sum(off)) + 3e-5f * root);
   reach[0] = bounded ? 1.001f * length : __builtin_nanf("");
-  reach[1] = 1.001f * (half_level * __builtin_sqrtf(float(K)) + float(K + 32) * kHalfUlp * length);
+  reach[1] = 1.001f * (beyond + float(K + 32) * kHalfUlp * length);
 }
 
 void mark_row(const Screening& s, int64_t m) {
   const Screen& screen = *s.screen;
-  const int64_t N = screen.weight.N, panels = screen.weight.panels(), columns = panels * kPanel;
-  uint8_t* wanted = s.wanted + m * panels;
+  const int64_t N = screen.weight.N, blocks = screen.blocks(), columns = screen.columns();
+  uint8_t* wanted = s.wanted + m * blocks;
   const float by_error = s.reach[2 * m], by_size = s.reach[2 * m + 1];
-  if (by_error != by_error) return void(std::memset(wanted, 1, size_t(panels)));
-  float* upper = s.results + 2 * m * columns;
-  const float* rest = upper + columns;
+  if (by_error != by_error) return void(std::memset(wanted, 1, size_t(blocks)));
+  float* upper = s.results + s.levels * m * columns;
+  const float* rest = s.levels == 2 ? upper + columns : nullptr;
   const float least_bound = kLeast + float(screen.weight.K) * kLeastOfProduct;
   Vec lowest = splat(-kInf);
   for (int64_t n = 0; n < N; n += kWidth) {
@@ -68,18 +74,22 @@ void mark_row(const Screening& s, int64_t m) {
     const Vec finite = vmin(magnitude(bias), splat(3e38f));  // without it -inf would have no upper bound
     const Vec bound = load(screen.error() + n) * by_error + load(screen.size() + n) * by_size +
                       finite * (8.0f * kHalfUlp) + least_bound;
-    const Vec z = load(upper + n) + load(rest + n) + bias, below = z - bound;
+    Vec z = load(upper + n);
+    if (rest != nullptr) z += load(rest + n);
+    z += bias;
     const IVec there = lanes_index() + splat_int(int32_t(n)) < splat_int(int32_t(N));
     store(upper + n, there ? z + bound : splat(-kInf));
-    lowest = vmax(there ? below : splat(-kInf), lowest);
+    lowest = vmax(there ? z - bound : splat(-kInf), lowest);
   }
   const Vec least = splat(reduce_max(lowest));
-  for (int64_t panel = 0; panel < panels; ++panel) {
+  const int64_t together = screen.weight.columns;
+  for (int64_t block = 0; block < blocks; ++block) {
     IVec out = splat_int(-1);  // lanes that are too small; NaN is not, nor is -inf if there is nothing else
-    for (int64_t n = panel * kPanel; n < (panel + 1) * kPanel && n < N; n += kWidth) out &= load(upper + n) < least;
+    const int64_t stop = (block + 1) * together < N ? (block + 1) * together : N;
+    for (int64_t n = block * together; n < stop; n += kWidth) out &= load(upper + n) < least;
     int32_t all = -1;
     for (int i = 0; i < kWidth; ++i) all &= out[i];
-    wanted[panel] = all == 0;
+    wanted[block] = all == 0;
   }
 }
 
@@ -89,7 +99,7 @@ void split_rows(const Screening& s) {
   for (int64_t m = 0; m < s.M; ++m) split_row(s, m);
 }
 
-void mark_panels(const Screening& s) {
+void mark_blocks(const Screening& s) {
   parallel_for(s.M, s.M * s.screen->weight.N, [&](int64_t m) { mark_row(s, m); });
 }
 

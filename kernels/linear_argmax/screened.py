@@ -16,6 +16,7 @@ class ScreenedLinear:
         linear: as given.
         rounded: the same layer with int8 weights; None without the compiled extension.
         nbytes: of what is held beside it: N · K bytes of int8 weights, and 8 N of bounds.
+        most_rows: for so many `linear_argmax` is no slower than all results and a search through them; 0: for none.
 
     Raises:
         TypeError, ValueError: not a PackedLinear, or not one of that kind.
@@ -38,6 +39,10 @@ class ScreenedLinear:
     @property
     def nbytes(self) -> int:
         return 0 if self.native is None else self.native.bytes
+
+    @property
+    def most_rows(self) -> int:
+        return 0 if self.native is None else self.native.most_rows
 
     def __repr__(self) -> str:
         return f"ScreenedLinear({self.linear!r})"

@@ -28,21 +28,31 @@ CASES = (
 
 def assert_found(x: torch.Tensor, layer: ScreenedLinear) -> None:
     """Against all results, and torch's own words for the first of the largest."""
-    y = linear(x, layer.linear)
     values, places = linear_argmax(x, layer)
     assert values.shape == places.shape == x.shape[:-1] and places.dtype == torch.int64
-    for row, value, place in zip(y.view(-1, y.shape[-1]), values.flatten(), places.flatten(), strict=True):
+    assert_largest(linear(x, layer.linear).view(-1, layer.linear.out_features), values.flatten(), places.flatten())
+    if layer.native is None or x.numel() == 0:
+        return
+    rows = x.reshape(-1, x.shape[-1]).contiguous()
+    with use_backend("cpu"):
+        y = linear(rows, layer.linear)
+    for levels in (1, 2):  # whichever is the quicker here
+        assert_largest(y, *blocks(rows, layer, levels)[1:])
+
+
+def assert_largest(y: torch.Tensor, values: torch.Tensor, places: torch.Tensor) -> None:
+    for row, value, place in zip(y, values, places, strict=True):
         wanted = row.isnan() if row.isnan().any() else row == row.max()
         assert place == wanted.nonzero()[0, 0]
         assert_equal(value, row[place])
 
 
-def panels(x: torch.Tensor, layer: ScreenedLinear) -> int:
-    """How many were computed from the float32 weights."""
+def blocks(x: torch.Tensor, layer: ScreenedLinear, levels: int = 0) -> tuple[int, torch.Tensor, torch.Tensor]:
+    """How many were computed from the float32 weights; values and places."""
     values, places = torch.empty(len(x)), torch.empty(len(x), dtype=torch.int64)
-    return _native.library().linear_argmax(
-        layer.native, len(x), (x.data_ptr(), x.stride(0)), values.data_ptr(), places.data_ptr()
-    )
+    where = (x.data_ptr(), x.stride(0))
+    count = _native.library().linear_argmax(layer.native, len(x), where, values.data_ptr(), places.data_ptr(), levels)
+    return count, values, places
 
 
 @pytest.mark.parametrize("case", CASES, ids=case_id)
@@ -179,12 +189,17 @@ def test_most_results_are_never_computed():
         pytest.skip("no compiled extension")
     layer = ScreenedLinear(PackedLinear(torch.randn(16_000, 256) * 256**-0.5))
     x = torch.nn.functional.layer_norm(torch.randn(8, 256), (256,))
-    assert 8 <= panels(x, layer) <= 8 * 16  # of 250 a row; about 4 by arithmetic
     forbidden = torch.zeros(16_000).index_fill(0, torch.arange(100, 15_000), -float("inf"))
     few = ScreenedLinear(PackedLinear(torch.randn(16_000, 256) * 256**-0.5, forbidden))
-    assert panels(x, few) <= 8 * 16
-    assert panels(torch.full((1, 256), float("nan")), layer) == 250
+    for levels, most in ((1, 50), (2, 16)):  # of 250 or 1000 a row; about 15 and 4 by arithmetic
+        assert 8 <= blocks(x, layer, levels)[0] <= 8 * most
+        assert blocks(x, few, levels)[0] <= 8 * most
+        assert blocks(torch.full((1, 256), float("nan")), layer, levels)[0] in (250, 1000)
+    assert blocks(x, layer)[0] in (blocks(x, layer, 1)[0], blocks(x, layer, 2)[0])
     assert layer.nbytes == 16_000 * 256 + 2 * 4 * 16_000 and "out_features=16000" in repr(layer)
+    assert layer.most_rows >= 4
+    with pytest.raises(ValueError, match="levels must be 0, 1 or 2"):
+        blocks(x, layer, 3)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -240,7 +255,7 @@ def test_without_the_extension_the_reference_serves(monkeypatch):
 
     monkeypatch.setattr(_native, "library", missing)
     layer = ScreenedLinear(PackedLinear(torch.randn(70, 40)))
-    assert layer.nbytes == 0
+    assert layer.nbytes == layer.most_rows == 0
     assert_found(torch.randn(3, 40), layer)
     with use_backend("cpu"), pytest.raises(NotImplementedError, match="packed without the compiled extension"):
         linear_argmax(torch.randn(3, 40), layer)

@@ -8,6 +8,7 @@ from torch import nn
 
 from fused_transformer import PackedTransformer, SearchOptions, deferred, generate, greedy, inference
 from fused_transformer.deferred import DeferringStep
+from fused_transformer.kernels.linear_argmax import ScreenedLinear
 from fused_transformer.search import search, search_greedy
 from tests.oracle import assert_equal
 from tests.transformer.models import LENGTHS, SOURCE, tiny
@@ -49,8 +50,8 @@ class Counting(PackedTransformer):
         self.projected += len(hidden)
         return super().project(hidden)
 
-    def likeliest(self, hidden):
-        found = super().likeliest(hidden)
+    def likeliest(self, hidden, **options):
+        found = super().likeliest(hidden, **options)
         self.screened += 0 if found is None else len(hidden)
         return found
 
@@ -76,6 +77,19 @@ def test_many_rows_have_all_logits_until_few_are_left():
     found = greedy(model, source, lengths, max_lengths=limits)
     assert_same(found, want)
     assert model.screened > 0 and model.projected > model.screened
+
+
+def test_without_scores_more_rows_do_without_logits(monkeypatch):
+    model = Counting(tiny().eval())
+    source, lengths = SOURCE.repeat(3, 1), LENGTHS.repeat(3)  # 9 sentences
+    options = SearchOptions(beam_size=1, scores=False)
+    want = greedy(model, source, lengths)
+    for most in (4, 256):
+        model.projected = model.screened = 0
+        monkeypatch.setattr(ScreenedLinear, "most_rows", most)
+        found = generate(model, source, lengths, options)
+        assert (model.projected > 0) == (most < len(source))
+        assert_equal([found.tokens, found.lengths], [want.tokens, want.lengths])
 
 
 def test_tokens_are_told_at_each_step():
