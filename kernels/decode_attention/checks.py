@@ -7,30 +7,28 @@ import math
 import torch
 from torch import Tensor
 
-from fused_transformer.kernels._checks import dense_last, require, require_float, require_same, require_shape
+from fused_transformer.kernels._checks import FLOATS, dense_last, require, require_float, require_same, require_shape
 
 _INTEGERS = (torch.int32, torch.int64)
 
 
 def checked(q, k_cache, v_cache, lengths, rows, causal, scale) -> tuple:
     """What a backend takes, but for wants_lse."""
-    _check_tensors(q, k_cache, v_cache)
+    if not _fit(q, k_cache, v_cache):
+        _say_what_does_not_fit(q, k_cache, v_cache)
     batch, capacity = q.shape[0], k_cache.shape[2]
     if lengths is not None:
         lengths = _check_integers("lengths", lengths, q)
         require_shape("lengths", lengths, (batch,))
-    if rows is None:
-        require(
-            k_cache.shape[0] == batch,
-            f"without rows the cache has one row for each sequence of q, got {k_cache.shape[0]} and {batch}",
-        )
-    else:
+    if rows is not None:
         rows = _check_integers("rows", rows, q)
-        require(
-            tuple(rows.shape) in ((batch,), (batch, capacity)),
-            f"rows must have shape (B,) = ({batch},) or (B, C) = ({batch}, {capacity}), got {tuple(rows.shape)}",
-        )
+        shape = tuple(rows.shape)
+        if shape not in ((batch,), (batch, capacity)):
+            raise ValueError(f"rows must have shape (B,) = ({batch},) or (B, C) = ({batch}, {capacity}), got {shape}")
         require(k_cache.shape[0] > 0 or batch == 0, "rows are given, but the cache has none")
+    elif k_cache.shape[0] != batch:
+        got = f"{k_cache.shape[0]} and {batch}"
+        raise ValueError(f"without rows the cache has one row for each sequence of q, got {got}")
     scale = 1.0 / math.sqrt(max(q.shape[-1], 1)) if scale is None else float(scale)
     return dense_last(q), k_cache, v_cache, lengths, rows, bool(causal), scale
 
@@ -43,7 +41,25 @@ def check_no_gradient(q: Tensor, k_cache: Tensor, v_cache: Tensor) -> None:
                 raise ValueError(f"{why}: use torch.no_grad(), or attention")
 
 
-def _check_tensors(q: Tensor, k_cache: Tensor, v_cache: Tensor) -> None:
+def _fit(q: Tensor, k_cache: Tensor, v_cache: Tensor) -> bool:
+    """Whether there is nothing to say about them: a decoding step asks at every layer, and sentences take time."""
+    if not (isinstance(q, Tensor) and isinstance(k_cache, Tensor) and isinstance(v_cache, Tensor)):
+        return False
+    shape, cached = q.shape, k_cache.shape
+    return (
+        len(shape) == len(cached) == 4
+        and cached == v_cache.shape
+        and cached[3] == shape[3]
+        and cached[1] > 0
+        and shape[1] % cached[1] == 0
+        and q.dtype is k_cache.dtype is v_cache.dtype
+        and q.dtype in FLOATS
+        and q.device == k_cache.device == v_cache.device
+        and (cached[3] <= 1 or k_cache.stride(3) == v_cache.stride(3) == 1)
+    )
+
+
+def _say_what_does_not_fit(q: Tensor, k_cache: Tensor, v_cache: Tensor) -> None:
     tensors = {"q": q, "k_cache": k_cache, "v_cache": v_cache}
     require_float(**tensors)
     require_same("dtype", **tensors)
