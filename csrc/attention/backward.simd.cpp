@@ -74,7 +74,6 @@ void step(const AttentionBackward& args, const Sequence& s, State& state, const 
   float *weights = scratch.weights, *dscores = scratch.dscores;
   const int count = load_keep(args, s, t, block.j0, available, masks);
   if (count == 0) return;
-  load_bias(args, s, t, block.j0, count, masks);
   product<NV, true>(count, D, block.k, block.ld, state.q, lanes, weights, lanes, false);
   mask_scores<NV>(args, s, t, block.j0, count, masks, weights);
   product<NV, true>(count, D, block.v, block.ld, state.dout, lanes, dscores, lanes, false);

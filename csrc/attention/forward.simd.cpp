@@ -36,7 +36,6 @@ void step(const AttentionForward& args, const Sequence& s, State& state, const K
   const int D = int(args.D), available = int(smaller(block.count, t.high - block.j0));
   const int count = load_keep(args, s, t, block.j0, available, masks);
   if (count == 0) return;
-  load_bias(args, s, t, block.j0, count, masks);
   product<NV, true>(count, D, block.k, block.ld, state.q, lanes, scores, lanes, false);
   mask_scores<NV>(args, s, t, block.j0, count, masks, scores);
 

@@ -75,21 +75,24 @@ FT_INLINE int load_keep(const Attention& args, const Sequence& s, const Tile& t,
   return any ? count : 0;
 }
 
-// Loads the block's part of `bias` as float32, key by key.
-FT_INLINE void load_bias(const Attention& args, const Sequence& s, const Tile& t, int64_t j0, int count,
-                         MaskTile& tile) {
-  tile.has_bias = args.bias.data != nullptr;
-  if (!tile.has_bias) return;
-  const int lanes = t.vecs * kWidth;
+// Adds the block's part of `bias` to the scores, [count][NV vectors]; its -inf selects, as a mask does.
+template <int NV>
+FT_INLINE void add_bias(const Attention& args, const Sequence& s, const Tile& t, int64_t j0, int count, float* scores) {
+  constexpr int lanes = NV * kWidth;
   const int64_t* stride = args.bias.stride;
+  const auto add = [&](float* score, Vec bias) {
+    const Vec minus_inf = splat(-kInf);
+    store(score, bias == minus_inf ? minus_inf : load(score) + bias);
+  };
   with_storage(args.bias_dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
     const T* base = static_cast<const T*>(args.bias.data) + s.b * stride[0] + s.h * stride[1] + t.first * stride[2] +
                     j0 * stride[3];
     if (stride[2] == 0) {
-      for (int j = 0; j < count; ++j)
-        for (int v = 0; v < t.vecs; ++v)
-          store(tile.bias + j * lanes + v * kWidth, splat(to_float(base[j * stride[3]])));
+      for (int j = 0; j < count; ++j) {
+        const Vec bias = splat(to_float(base[j * stride[3]]));
+        for (int v = 0; v < NV; ++v) add(scores + j * lanes + v * kWidth, bias);
+      }
     } else if (stride[3] == 1) {
       for (int lane = 0; lane < lanes; lane += kWidth) {
         for (int j = 0; j < count; j += kWidth) {
@@ -98,13 +101,16 @@ FT_INLINE void load_bias(const Attention& args, const Sequence& s, const Tile& t
           for (int i = 0; i < kWidth; ++i)
             r[i] = lane + i < t.rows ? load(base + (lane + i) * stride[2] + j, keys) : Vec{};
           transpose(r);
-          for (int c = 0; c < keys; ++c) store(tile.bias + (j + c) * lanes + lane, r[c]);
+          for (int c = 0; c < keys; ++c) add(scores + (j + c) * lanes + lane, r[c]);
         }
       }
     } else {
-      for (int j = 0; j < count; ++j)
+      for (int j = 0; j < count; ++j) {
+        float bias[lanes];
         for (int lane = 0; lane < lanes; ++lane)
-          tile.bias[j * lanes + lane] = lane < t.rows ? to_float(base[lane * stride[2] + j * stride[3]]) : 0.0f;
+          bias[lane] = lane < t.rows ? to_float(base[lane * stride[2] + j * stride[3]]) : 0.0f;
+        for (int v = 0; v < NV; ++v) add(scores + j * lanes + v * kWidth, load(bias + v * kWidth));
+      }
     }
   });
 }
@@ -115,12 +121,7 @@ FT_INLINE void mask_scores(const Attention& args, const Sequence& s, const Tile&
                            const MaskTile& tile, float* scores) {
   constexpr int lanes = NV * kWidth;
   const Vec minus_inf = splat(-kInf);
-  if (tile.has_bias) {
-    for (int i = 0; i < count * lanes; i += kWidth) {
-      const Vec bias = load(tile.bias + i);
-      store(scores + i, bias == minus_inf ? minus_inf : load(scores + i) + bias);
-    }
-  }
+  if (args.bias.data != nullptr) add_bias<NV>(args, s, t, j0, count, scores);
   if (tile.has_keep) {
     typedef uint8_t Bytes __attribute__((vector_size(FT_WIDTH)));
     for (int j = 0; j < count; ++j) {

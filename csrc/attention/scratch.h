@@ -12,11 +12,10 @@ constexpr int kTiles = 4;      // tiles in a chunk
 
 constexpr int64_t kTileFloats = kKeys * kMaxLanes;  // one tile of scores
 
-// One block's keep bytes and bias, beside a tile of queries.
+// One block's keep bytes, beside a tile of queries.
 struct MaskTile {
   uint8_t keep[kKeys][kMaxLanes];  // 0 = masked
-  float bias[kTileFloats];
-  bool has_keep, has_bias;  // whether this block needs them
+  bool has_keep;                   // whether this block needs them
 };
 constexpr int64_t kMaskTileFloats = (sizeof(MaskTile) + 63) / 64 * 16;
 

@@ -17,7 +17,6 @@ int tile_weights(const AttentionWeights& args, const Sequence& s, const Tile& t,
   constexpr int lanes = NV * kWidth;
   const int count = load_keep(args, s, t, block.j0, block.count, masks);
   if (count == 0) return 0;
-  load_bias(args, s, t, block.j0, count, masks);
   product<NV, true>(count, int(args.D), block.k, block.ld, q, lanes, weights, lanes, false);
   mask_scores<NV>(args, s, t, block.j0, count, masks, weights);
   for (int v = 0; v < NV; ++v) {
