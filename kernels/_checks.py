@@ -62,12 +62,17 @@ def rows_for_packed(op: str, name: str, x: Tensor, columns: int) -> Tensor:
     """x (..., columns) float32 as rows that a kernel with packed weights takes, their last axis dense."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
-    require(x.dim() >= 1 and x.shape[-1] == columns, f"{name} must have shape (..., {columns}), got {tuple(x.shape)}")
-    require(x.dtype == torch.float32, f"{name} must be float32, got {x.dtype}")
-    require(x.device.type == "cpu", f"{name} must be on the CPU, where the packed weights are, got {x.device}")
+    # Each sentence is made only where it is said: that takes longer than a small product.
+    shape = x.shape
+    if not shape or shape[-1] != columns:
+        raise ValueError(f"{name} must have shape (..., {columns}), got {tuple(shape)}")
+    if x.dtype != torch.float32:
+        raise ValueError(f"{name} must be float32, got {x.dtype}")
+    if not x.is_cpu:
+        raise ValueError(f"{name} must be on the CPU, where the packed weights are, got {x.device}")
     if x.requires_grad and torch.is_grad_enabled():
         raise ValueError(f"{op} has no gradient, and {name} requires one: use torch.no_grad()")
-    return dense_last(x.reshape(-1, columns))
+    return dense_last(x if len(shape) == 2 else x.reshape(-1, columns))
 
 
 def empty_rows_like(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
