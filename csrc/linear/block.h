@@ -5,8 +5,10 @@
 // [64 / kBlock][K][kBlock].
 //
 // With AVX2 that is 6 rows and two vectors: 12 multiply-adds and 8 loads for each k, 6 cycles. 60 and 252 rows beside
-// 2048 x 512 weights run at 91 to 99 % of what multiply-adds alone reach on one thread of a Zen 3. (3 rows and four
-// vectors, 7 loads, from panels [K][64] and x as it lies: 75 to 80 %.)
+// 2048 x 512 weights run at 91 to 99 % of what multiply-adds alone reach on one thread of a Zen 3 in one hour, and in
+// another, with others at work on the processor, at 62 to 85 %; then 3 rows and four vectors, chunks of half and of a
+// quarter the size, and weights read by the multiply-adds themselves came out the same. (3 rows and four vectors, 7
+// loads, from panels [K][64] and x as it lies: 75 to 80 % in the first.)
 
 #include "epilogue.h"
 
