@@ -72,13 +72,13 @@ class Ahead {
   FT_INLINE Ahead(const Block<T>* next, int groups, int D)
       : next_(next), rows_(next == nullptr ? 0 : 2 * next->count), every_(groups), wait_(groups), D_(D) {}
 
-  // Called twice for each key and group, once with the key and once with the value.
+  // Called for each key of a group, and once more with its value if all rows of the group see it.
   FT_INLINE void ask() {
     if (--wait_ > 0) return;
     wait_ = every_;
     if (row_ < rows_) fetch();
   }
-  FT_INLINE void ask_for_the_rest() {  // where the next block has more keys
+  FT_INLINE void ask_for_the_rest() {  // where the next block has more keys, or not all of this one's are seen
     while (row_ < rows_) fetch();
   }
 

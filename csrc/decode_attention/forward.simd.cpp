@@ -170,7 +170,8 @@ void run(const DecodeAttention& args, const Task& task, const Task* after, Block
       const int64_t count = smaller(seen[m] - j, block.count);
       counts[m] = count < 0 ? 0 : int(count);
     }
-    Ahead<T> ahead(next, (r.rows + kGroup - 1) / kGroup, D);
+    const int groups = r.rows / kGroup + (r.rows % kGroup + 1) / 2;  // as fold_group() takes them
+    Ahead<T> ahead(next, groups, D);
     for (int m = 0, step = 0; m < r.rows; m += step)
       step = fold_group(r.rows - m, q + m * kLd, block, ahead, counts + m, D, softmax + m, sums + m * kLd);
     ahead.ask_for_the_rest();
