@@ -77,7 +77,12 @@ class _DeferringStep(_CachedStep):
     """Of a model that tells the likeliest token without all logits; see `deferred.py`."""
 
     model: PackedTransformer
-    scores: bool = True  # whether these will be asked for
+
+    def __init__(
+        self, model: PackedTransformer, memory: Tensor, memory_lengths: Tensor, options: SearchOptions
+    ) -> None:
+        super().__init__(model, memory, memory_lengths, options.rows)
+        self.scores = options.scores  # whether these will be asked for
 
     def likeliest(self, hidden: Tensor) -> tuple[Tensor, Tensor] | None:
         return self.model.likeliest(hidden, scores=self.scores)
@@ -95,9 +100,7 @@ def _step_function(
     few = len(memory) > 0 and levels_for(len(memory), options.rows) > 0
     if few and not options.num_samples and packed.draft is not None:
         return LookingAhead(packed, memory, source_lengths, options.rows, int(max_lengths.max()))
-    step = _DeferringStep(packed, memory, source_lengths, options.rows)
-    step.scores = options.scores
-    return step
+    return _DeferringStep(packed, memory, source_lengths, options)
 
 
 def _check_source(source_tokens: Tensor) -> None:
