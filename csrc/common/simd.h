@@ -211,6 +211,24 @@ FT_INLINE void store(float* p, Vec v, int count) { _mm512_mask_storeu_ps(p, __mm
 FT_INLINE Vec vmax(Vec a, Vec b) { return a > b ? a : b; }  // NaN in a: gives b
 FT_INLINE Vec vmin(Vec a, Vec b) { return a < b ? a : b; }
 
+// Lanes `from` of a and b side by side.
+FT_INLINE Vec shuffle(Vec a, Vec b, IVec from) {
+#if defined(__clang__)
+  Vec out;
+  for (int i = 0; i < kWidth; ++i) out[i] = from[i] < kWidth ? a[from[i]] : b[from[i] - kWidth];
+  return out;
+#else
+  return __builtin_shuffle(a, b, from);
+#endif
+}
+
+// Of numbers; what comes out with NaN among them may or may not be NaN.
+FT_INLINE float largest_lane(Vec v) {
+#pragma GCC unroll 4
+  for (int half = kWidth / 2; half > 0; half /= 2) v = vmax(v, shuffle(v, v, lanes_index() ^ splat_int(half)));
+  return v[0];
+}
+
 // Sums pairwise, so that the rounding error grows with log2(kWidth).
 FT_INLINE float reduce_sum(Vec v) {
   float lane[kWidth];

@@ -5,16 +5,6 @@
 
 namespace fused::cpu::FT_ISA {
 
-FT_INLINE Vec shuffle(Vec a, Vec b, IVec from) {
-#if defined(__clang__)
-  Vec out;
-  for (int i = 0; i < kWidth; ++i) out[i] = from[i] < kWidth ? a[from[i]] : b[from[i] - kWidth];
-  return out;
-#else
-  return __builtin_shuffle(a, b, from);
-#endif
-}
-
 // Swaps the off-diagonal halves of every 2 * kHalf square; for all powers of two, that is the transpose.
 template <int kHalf>
 FT_INLINE void transpose_steps(Vec* r) {

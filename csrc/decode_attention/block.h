@@ -5,7 +5,7 @@
 // once for up to kGroup query rows. (`attention` has queries as lanes, which a single query would leave idle.) Sums
 // over keys run in the order of the keys, each row's own in the same order whatever rows stand beside it.
 
-#include "../common/transpose.h"  // shuffle
+#include "../common/simd.h"
 #include "decode_attention.h"
 
 namespace fused::cpu::FT_ISA::decode {
@@ -41,12 +41,6 @@ FT_INLINE Vec sum_lanes(Vec* v) {
     for (int i = 0; i < kHalf; ++i) v[i] = shuffle(v[i], v[i + kHalf], low) + shuffle(v[i], v[i + kHalf], high);
     return sum_lanes<kHalf / 2>(v);
   }
-}
-
-FT_INLINE float largest_lane(Vec v) {
-#pragma GCC unroll 4
-  for (int half = kWidth / 2; half > 0; half /= 2) v = vmax(v, shuffle(v, v, lanes_index() ^ splat_int(half)));
-  return v[0];
 }
 
 // Where the keys and values of a block lie: a key, its value, the next key.

@@ -47,7 +47,8 @@ struct PackedWeight {
   int64_t columns = kPanel;  // f32: see above
   bool finite = true;        // f32: no infinity, no NaN
   std::shared_ptr<void> data;
-  std::shared_ptr<void> scales;  // int8: (N to full panels) float32, and as many int32: 128 * sum over k of q[n, k]
+  std::shared_ptr<void> scales;  // int8: `scaled` float32, and as many int32: 128 * sum over k of q[n, k]
+  int64_t scaled = 0;            // N to full panels; in a part of a weight still that of the whole
 
   int64_t panels() const { return (N + kPanel - 1) / kPanel; }
   int64_t depth() const {  // K to the multiple that is stored
@@ -57,11 +58,14 @@ struct PackedWeight {
   int64_t element_bytes() const { return form == WeightForm::f32 ? 4 : form == WeightForm::bf16 ? 2 : 1; }
   int64_t bytes() const { return panels() * kPanel * depth() * element_bytes(); }
   const float* scale() const { return static_cast<const float*>(scales.get()); }
-  const int32_t* offset() const { return reinterpret_cast<const int32_t*>(scale() + panels() * kPanel); }
+  const int32_t* offset() const { return reinterpret_cast<const int32_t*>(scale() + scaled); }
 };
 
 // weight (N, K) with rows `stride` elements apart.
 PackedWeight pack_weight(const float* weight, int64_t stride, int64_t N, int64_t K, WeightForm form);
+// Its `count` columns (or as many as there are) from `first` on, the first of a panel, or of float32's columns that lie
+// together. It keeps nothing alive.
+PackedWeight columns_of(const PackedWeight& weight, int64_t first, int64_t count);
 // What the packed weights stand for, (N, K) contiguous.
 void unpack_weight(const PackedWeight& weight, float* out);
 

@@ -4,7 +4,6 @@
 #include <cmath>
 #include <cstring>
 
-#include "../common/isa.h"
 #include "../common/pages.h"
 #include "../common/parallel.h"
 #include "parts.h"
@@ -47,10 +46,12 @@ PackedWeight pack_weight(const float* weight, int64_t stride, int64_t N, int64_t
   PackedWeight w;
   w.N = N, w.K = K, w.form = form, w.columns = columns_together();
   w.data = allocate_pages(size_t(w.bytes()));
-  const int64_t padded = w.panels() * kPanel;
-  if (form == WeightForm::int8) w.scales = allocate_pages(size_t(padded) * 8);
+  if (form == WeightForm::int8) {
+    w.scaled = w.panels() * kPanel;
+    w.scales = allocate_pages(size_t(w.scaled) * 8);
+  }
   auto* scales = const_cast<float*>(w.scale());
-  auto* offsets = reinterpret_cast<int32_t*>(scales + padded);
+  auto* offsets = const_cast<int32_t*>(w.offset());
   std::atomic<bool> finite{true};
   parallel_for(N, N * K, [&](int64_t n) {
     const float* row = weight + n * stride;
@@ -81,6 +82,15 @@ PackedWeight pack_weight(const float* weight, int64_t stride, int64_t N, int64_t
   });
   w.finite = finite;
   return w;
+}
+
+PackedWeight columns_of(const PackedWeight& w, int64_t first, int64_t count) {
+  const auto view = [](void* p) { return std::shared_ptr<void>(std::shared_ptr<void>(), p); };
+  PackedWeight some = w;
+  some.N = w.N - first < count ? w.N - first : count;
+  some.data = view(static_cast<char*>(w.data.get()) + first * w.depth() * w.element_bytes());
+  some.scales = view(const_cast<float*>(w.scale()) + (w.form == WeightForm::int8 ? first : 0));
+  return some;
 }
 
 void unpack_weight(const PackedWeight& w, float* out) {

@@ -12,27 +12,15 @@
 namespace fused::cpu {
 namespace {
 
-// A panel as a weight of its own, which keeps nothing alive.
-PackedWeight only(const PackedWeight& w, int64_t panel) {
-  PackedWeight one;
-  one.N = w.N - panel * kPanel < kPanel ? w.N - panel * kPanel : kPanel;
-  one.K = w.K, one.form = w.form, one.columns = w.columns, one.finite = w.finite;
-  const auto view = [](void* p) { return std::shared_ptr<void>(std::shared_ptr<void>(), p); };
-  one.data = view(static_cast<char*>(w.data.get()) + panel * kPanel * w.depth() * w.element_bytes());
-  // unpack_weight reads scales alone, and these come first; the sums behind them would be those of another panel
-  if (w.form == WeightForm::int8) one.scales = view(const_cast<float*>(w.scale()) + panel * kPanel);
-  return one;
-}
+// Panels of Q that are one task: 256 KB at K = 512, and 128 KB of results of 64 rows, which don't leave the
+// second-level cache. Each task rounds x for itself.
+constexpr int64_t kPanelsTogether = 8;
 
-// The columns of one block of a float32 weight, likewise.
-PackedWeight block_of(const PackedWeight& w, int64_t block) {
-  PackedWeight one;
-  one.N = w.N - block * w.columns < w.columns ? w.N - block * w.columns : w.columns;
-  one.K = w.K, one.columns = w.columns, one.finite = w.finite;
-  one.data =
-      std::shared_ptr<void>(std::shared_ptr<void>(), static_cast<float*>(w.data.get()) + block * w.columns * w.K);
-  return one;
-}
+// A block of columns that may hold the largest result of row m; and then that result and its column.
+struct Candidate {
+  int64_t column, m;
+  float value = 0.0f;
+};
 
 // No less than x; float32's own rounding takes a third off the smallest numbers.
 float above(double x) { return std::nextafter(float(x), HUGE_VALF); }
@@ -56,7 +44,8 @@ Screen make_screen(const PackedWeight& weight, const PackedWeight& rounded, cons
   screen.bounds = allocate_pages(size_t(2 * screen.columns()) * sizeof(float));
   const int64_t K = weight.K;
   parallel_for(weight.panels(), weight.N * K, [&](int64_t panel) {
-    const PackedWeight exact = only(weight, panel), near = only(rounded, panel);
+    const PackedWeight exact = columns_of(weight, panel * kPanel, kPanel);
+    const PackedWeight near = columns_of(rounded, panel * kPanel, kPanel);
     std::vector<float> w(size_t(exact.N * K)), q(w.size());
     unpack_weight(exact, w.data());
     unpack_weight(near, q.data());
@@ -80,54 +69,63 @@ int64_t linear_argmax(const LinearArgmax& args) {
   const Screen& screen = *args.screen;
   const int64_t M = args.M, K = screen.weight.K, blocks = screen.blocks();
   const int64_t levels = args.levels > 0 ? args.levels : screen.weight.columns < kPanel ? 1 : 2;
+  const int64_t together = kPanelsTogether * kPanel, groups = (screen.weight.N + together - 1) / together;
   using Room = Scratch<LinearArgmax>;
-  const int64_t rounded_bytes = linear_scratch(screen.rounded, levels * M);
-  Room room(Room::room(levels * M * K * 4) + Room::room(levels * M * screen.columns() * 4) + Room::room(2 * M * 4) +
-            Room::room(M * blocks) + Room::room(M * blocks * 8) + 2 * Room::room(M * blocks * 4) +
-            Room::room(rounded_bytes));
+  Room room(Room::room(levels * M * K * 4) + Room::room(2 * M * 4) + Room::room(M * blocks * 4) +
+            Room::room(M * groups * 4));
   Screening s{};
   s.screen = &screen, s.M = M, s.levels = levels, s.x = args.x, s.x_stride = args.x_stride;
   s.rows = room.take<float>(levels * M * K);
-  s.results = room.take<float>(levels * M * screen.columns());
   s.reach = room.take<float>(2 * M);
-  s.wanted = room.take<uint8_t>(M * blocks);
-  int64_t* const tasks = room.take<int64_t>(M * blocks);  // block * M + m, in order: a block is read once for all rows
-  float* const values = room.take<float>(M * blocks);     // of each task
-  int32_t* const places = room.take<int32_t>(M * blocks);
+  s.upper = room.take<float>(M * blocks);
+  float* const lowest = room.take<float>(M * groups);
 
   [&] { FT_DISPATCH_ISA(split_rows, s) }();
-  Linear rough;
-  rough.weight = &screen.rounded;
-  rough.M = levels * M, rough.x = s.rows, rough.x_stride = K;
-  rough.y = s.results, rough.y_stride = screen.columns();
-  rough.scratch = room.take<char>(rounded_bytes);
-  linear(rough);
-  [&] { FT_DISPATCH_ISA(mark_blocks, s) }();
+  parallel_for(groups, levels * M * screen.weight.N * K / 4, [&](int64_t group) {
+    const PackedWeight some = columns_of(screen.rounded, group * together, together);
+    using Room = Scratch<Screening>;
+    const int64_t scratch = linear_scratch(some, levels * M);
+    Room room(Room::room(levels * M * together * 4) + Room::room(scratch));
+    float* const results = room.take<float>(levels * M * together);
+    Linear rough;
+    rough.weight = &some;
+    rough.M = levels * M, rough.x = s.rows, rough.x_stride = K;
+    rough.y = results, rough.y_stride = together;
+    rough.scratch = room.take<char>(scratch);
+    linear(rough);
+    const Bounding bounding{&s, group * together, some.N, results, together, lowest + group * M};
+    FT_DISPATCH_ISA(bound_columns, bounding)
+  });
 
-  int64_t count = 0;
+  std::vector<float> least(lowest, lowest + M);  // of a row: what is below it is not the largest
+  for (int64_t m = 0; m < M; ++m) {
+    if (s.reach[2 * m] != s.reach[2 * m]) least[size_t(m)] = s.reach[2 * m];
+    for (int64_t group = 1; group < groups; ++group)
+      if (lowest[group * M + m] > least[size_t(m)]) least[size_t(m)] = lowest[group * M + m];
+  }
+  std::vector<Candidate> candidates;  // in the order of the blocks: each is read once for all rows
   for (int64_t block = 0; block < blocks; ++block)
     for (int64_t m = 0; m < M; ++m)
-      if (s.wanted[m * blocks + block]) tasks[count++] = block * M + m;
+      if (!(s.upper[block * M + m] < least[size_t(m)])) candidates.push_back({block * screen.weight.columns, m});
+  const auto count = int64_t(candidates.size());
   parallel_for(count, count * screen.weight.columns * K, [&](int64_t i) {
-    const int64_t block = tasks[i] / M, m = tasks[i] % M;
-    const PackedWeight weight = block_of(screen.weight, block);
+    Candidate& c = candidates[size_t(i)];
+    const PackedWeight weight = columns_of(screen.weight, c.column, screen.weight.columns);
     alignas(64) float y[kPanel];
     Linear exact;
     exact.weight = &weight;
-    exact.M = 1, exact.x = args.x + m * args.x_stride, exact.x_stride = args.x_stride;
-    exact.bias = screen.bias == nullptr ? nullptr : screen.bias + block * weight.columns;
+    exact.M = 1, exact.x = args.x + c.m * args.x_stride, exact.x_stride = args.x_stride;
+    exact.bias = screen.bias == nullptr ? nullptr : screen.bias + c.column;
     exact.y = y, exact.y_stride = kPanel;
     linear(exact);
     const int64_t best = first_of_the_largest(y, weight.N);
-    values[i] = y[best], places[i] = int32_t(best);
+    c.value = y[best], c.column += best;
   });
   for (int64_t m = 0; m < M; ++m) args.places[m] = -1;
-  for (int64_t i = 0; i < count; ++i) {
-    const int64_t m = tasks[i] % M;
-    const float best = args.values[m], value = values[i];
-    if (args.places[m] >= 0 && (best != best || !(value > best || value != value))) continue;
-    args.values[m] = value;
-    args.places[m] = tasks[i] / M * screen.weight.columns + places[i];
+  for (const Candidate& c : candidates) {
+    const float best = args.values[c.m];
+    if (args.places[c.m] >= 0 && (best != best || !(c.value > best || c.value != c.value))) continue;
+    args.values[c.m] = c.value, args.places[c.m] = c.column;
   }
   return count;
 }

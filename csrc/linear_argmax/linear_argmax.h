@@ -39,8 +39,7 @@ struct Screen {
   float* error() const { return static_cast<float*>(bounds.get()); }
   float* size() const { return error() + columns(); }
   // For how many rows this is quicker than all results and a search through them. Measured at N = 32,000, K = 512 on a
-  // Zen 3 (AVX2), where 256 are a little quicker still but want 40 MB that a thread keeps, and with AVX-512 up to 6,
-  // which were slower.
+  // Zen 3 (AVX2), where many rows gain little, and with AVX-512 up to 6, which were slower.
   int64_t most_rows() const { return weight.columns < kPanel ? 128 : 4; }
   int64_t bytes() const { return rounded.bytes() + 2 * columns() * int64_t(sizeof(float)); }
 };

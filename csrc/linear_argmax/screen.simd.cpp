@@ -1,8 +1,7 @@
-// What bounds a row's results, and which blocks of columns the bounds leave. See linear_argmax.h.
+// What bounds a row's results. See linear_argmax.h.
 
 #include "screen.h"
 
-#include "../common/parallel.h"
 #include "../common/simd.h"
 
 namespace fused::cpu::FT_ISA {
@@ -17,13 +16,6 @@ constexpr float kLeast = 2e-38f, kLeastOfProduct = 4e-41f;
 
 FT_INLINE int lanes(int64_t n, int64_t end) { return end - n < kWidth ? int(end - n) : kWidth; }
 
-FT_INLINE float reduce_max(Vec v) {
-  float lane[kWidth], most = -kInf;
-  store(lane, v);
-  for (float x : lane) most = x > most ? x : most;
-  return most;
-}
-
 FT_INLINE Vec magnitude(Vec x) { return x < 0.0f ? -x : x; }
 
 void split_row(const Screening& s, int64_t m) {
@@ -35,7 +27,7 @@ void split_row(const Screening& s, int64_t m) {
     const Vec v = load(x + k, lanes(k, K));
     top = vmax(magnitude(v), top), squares += v * v;
   }
-  const float largest = reduce_max(top), length = __builtin_sqrtf(reduce_sum(squares));
+  const float largest = largest_lane(top), length = __builtin_sqrtf(reduce_sum(squares));
   const bool bounded = length >= kShortest && length <= kLongest && length * s.screen->largest <= kFarthest;
   const float step = bounded ? largest / 127.0f : 0.0f, inverse = bounded ? 127.0f / largest : 0.0f;
   Vec left{}, off{};
@@ -54,43 +46,38 @@ void split_row(const Screening& s, int64_t m) {
   // are off by K + 2 half ulps of |x| |W_n| at most in whatever order; the products with Q, which are exact, by a few.
   const float root = __builtin_sqrtf(float(K));
   const float beyond =
-      rest != nullptr ? reduce_max(left) / 254.0f * root : step * (__builtin_sqrtf(reduce_sum(off)) + 1e-4f * root);
+      rest != nullptr ? largest_lane(left) / 254.0f * root : step * (__builtin_sqrtf(reduce_sum(off)) + 1e-4f * root);
   reach[0] = bounded ? 1.001f * length : __builtin_nanf("");
   reach[1] = 1.001f * (beyond + float(K + 32) * kHalfUlp * length);
 }
 
-void mark_row(const Screening& s, int64_t m) {
+void bound_row(const Bounding& b, int64_t m) {
+  const Screening& s = *b.screening;
   const Screen& screen = *s.screen;
-  const int64_t N = screen.weight.N, blocks = screen.blocks(), columns = screen.columns();
-  uint8_t* wanted = s.wanted + m * blocks;
+  const int64_t together = screen.weight.columns, end = b.first + b.count;
   const float by_error = s.reach[2 * m], by_size = s.reach[2 * m + 1];
-  if (by_error != by_error) return void(std::memset(wanted, 1, size_t(blocks)));
-  float* upper = s.results + s.levels * m * columns;
-  const float* rest = s.levels == 2 ? upper + columns : nullptr;
   const float least_bound = kLeast + float(screen.weight.K) * kLeastOfProduct;
+  const float* results = b.results + s.levels * m * b.stride - b.first;
+  const float* rest = s.levels == 2 ? results + b.stride : nullptr;
   Vec lowest = splat(-kInf);
-  for (int64_t n = 0; n < N; n += kWidth) {
-    const Vec bias = screen.bias ? load(screen.bias + n, lanes(n, N)) : Vec{};
-    const Vec finite = vmin(magnitude(bias), splat(3e38f));  // without it -inf would have no upper bound
-    const Vec bound = load(screen.error() + n) * by_error + load(screen.size() + n) * by_size +
-                      finite * (8.0f * kHalfUlp) + least_bound;
-    Vec z = load(upper + n);
-    if (rest != nullptr) z += load(rest + n);
-    z += bias;
-    const IVec there = lanes_index() + splat_int(int32_t(n)) < splat_int(int32_t(N));
-    store(upper + n, there ? z + bound : splat(-kInf));
-    lowest = vmax(there ? z - bound : splat(-kInf), lowest);
+  for (int64_t n = b.first; n < end;) {
+    float* upper = s.upper + n / together * s.M + m;
+    Vec highest = splat(-kInf);
+    for (const int64_t stop = n + together < end ? n + together : end; n < stop; n += kWidth) {
+      const Vec bias = screen.bias ? load(screen.bias + n, lanes(n, end)) : Vec{};
+      const Vec finite = vmin(magnitude(bias), splat(3e38f));  // without it -inf would have no upper bound
+      const Vec bound = load(screen.error() + n) * by_error + load(screen.size() + n) * by_size +
+                        finite * (8.0f * kHalfUlp) + least_bound;
+      Vec z = load(results + n);
+      if (rest != nullptr) z += load(rest + n);
+      z += bias;
+      const IVec there = lanes_index() + splat_int(int32_t(n)) < splat_int(int32_t(end));
+      highest = vmax(there ? z + bound : splat(-kInf), highest);
+      lowest = vmax(there ? z - bound : splat(-kInf), lowest);
+    }
+    *upper = largest_lane(highest);
   }
-  const Vec least = splat(reduce_max(lowest));
-  const int64_t together = screen.weight.columns;
-  for (int64_t block = 0; block < blocks; ++block) {
-    IVec out = splat_int(-1);  // lanes that are too small; NaN is not, nor is -inf if there is nothing else
-    const int64_t stop = (block + 1) * together < N ? (block + 1) * together : N;
-    for (int64_t n = block * together; n < stop; n += kWidth) out &= load(upper + n) < least;
-    int32_t all = -1;
-    for (int i = 0; i < kWidth; ++i) all &= out[i];
-    wanted[block] = all == 0;
-  }
+  b.lowest[m] = largest_lane(lowest);
 }
 
 }  // namespace
@@ -99,8 +86,8 @@ void split_rows(const Screening& s) {
   for (int64_t m = 0; m < s.M; ++m) split_row(s, m);
 }
 
-void mark_blocks(const Screening& s) {
-  parallel_for(s.M, s.M * s.screen->weight.N, [&](int64_t m) { mark_row(s, m); });
+void bound_columns(const Bounding& b) {
+  for (int64_t m = 0; m < b.screening->M; ++m) bound_row(b, m);
 }
 
 }  // namespace fused::cpu::FT_ISA

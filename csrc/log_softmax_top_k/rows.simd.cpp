@@ -21,14 +21,6 @@ FT_INLINE bool any(IVec yes) {
   return all != 0;
 }
 
-FT_INLINE float largest_lane(Vec v) {
-  float lane[kWidth];
-  store(lane, v);
-  float largest = lane[0];
-  for (int i = 1; i < kWidth; ++i) largest = lane[i] > largest ? lane[i] : largest;
-  return largest;
-}
-
 // The k best of the logits so far, sorted; they come in the order of their tokens, so that of equal ones the first
 // stays ahead. NaN is never taken.
 struct Best {
