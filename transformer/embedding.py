@@ -56,6 +56,8 @@ class TokenEmbedding(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
+        if self.weight.is_meta:  # there is nothing to draw, for which torch would load its compiler: seconds
+            return
         nn.init.normal_(self.weight, std=self.weight.shape[1] ** -0.5)
 
     def forward(self, tokens: Tensor, *, start: int | Tensor = 0) -> Tensor:

@@ -41,6 +41,7 @@ void register_linear(py::module_& m) {
   py::class_<PackedWeight>(m, "PackedWeight", "The weights of a linear layer, packed for the CPU's kernels.")
       .def_readonly("N", &PackedWeight::N)
       .def_readonly("K", &PackedWeight::K)
+      .def_readonly("finite", &PackedWeight::finite)
       .def_property_readonly("bytes", &PackedWeight::bytes);
   m.def(
       "pack_weight",

@@ -45,7 +45,7 @@ struct PackedWeight {
   int64_t N = 0, K = 0;
   WeightForm form = WeightForm::f32;
   int64_t columns = kPanel;  // f32: see above
-  bool finite = true;        // f32: no infinity, no NaN
+  bool finite = true;        // as it was given: no infinity, no NaN
   std::shared_ptr<void> data;
   std::shared_ptr<void> scales;  // int8: `scaled` float32, and as many int32: 128 * sum over k of q[n, k]
   int64_t scaled = 0;            // N to full panels; in a part of a weight still that of the whole

@@ -1,5 +1,6 @@
-// Weights into the order in which the kernels read them, and back. Done once a model, so written for reading.
+// Weights into the order in which the kernels read them, and back.
 
+#include <algorithm>
 #include <atomic>
 #include <cmath>
 #include <cstring>
@@ -8,10 +9,15 @@
 #include "../common/parallel.h"
 #include "parts.h"
 
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
 namespace fused::cpu {
 namespace {
 
 constexpr int64_t kColumns = 16;  // of a tile
+constexpr int64_t kPart = 64;     // of K: whole tiles
 
 uint16_t to_bf16(float x) {
   uint32_t bits;
@@ -27,14 +33,54 @@ float from_bf16(uint16_t bits) {
   return x;
 }
 
-// Where W[n, k] lies, in elements.
-int64_t place(const PackedWeight& w, int64_t n, int64_t k) {
+// NaN if one of them is, whose bits are those of the largest numbers.
+float largest_magnitude(const float* row, int64_t count) {
+  int32_t largest = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    int32_t bits;
+    std::memcpy(&bits, row + i, 4);
+    largest = std::max(largest, bits & 0x7fffffff);
+  }
+  float x;
+  std::memcpy(&x, &largest, 4);
+  return x;
+}
+
+int32_t nearest(float x) {
+#if defined(__x86_64__)
+  return _mm_cvtss_si32(_mm_set_ss(x));  // std::nearbyint is a call
+#else
+  return int32_t(std::nearbyint(x));
+#endif
+}
+
+// f(k, where W[n, k] lies, in elements) for a row's part from `begin` on, which is the first of a tile.
+template <class F>
+void for_each_place(const PackedWeight& w, int64_t n, int64_t begin, int64_t end, const F& f) {
   const int64_t panel = n / kPanel, column = n % kPanel;
-  if (w.form == WeightForm::f32)
-    return (panel * kPanel + column / w.columns * w.columns) * w.K + k * w.columns + column % w.columns;
-  const int64_t together = w.form == WeightForm::bf16 ? 2 : 4, tile = kColumns * together;
-  const int64_t tiles = (panel * (w.depth() / tile) + k / tile) * (kPanel / kColumns) + column / kColumns;
-  return ((tiles * kColumns + k % tile / together) * kColumns + column % kColumns) * together + k % together;
+  if (w.form == WeightForm::f32) {
+    const int64_t first = (panel * kPanel + column / w.columns * w.columns) * w.K + column % w.columns;
+    for (int64_t k = begin; k < end; ++k) f(k, first + k * w.columns);
+    return;
+  }
+  const int64_t together = w.form == WeightForm::bf16 ? 2 : 4, depth = kColumns * together;  // of a tile
+  for (int64_t tile = begin; tile < end; tile += depth) {
+    const int64_t number = (panel * (w.depth() / depth) + tile / depth) * (kPanel / kColumns) + column / kColumns;
+    int64_t place = (number * kColumns * kColumns + column % kColumns) * together;
+    const int64_t stop = std::min(tile + depth, end);
+    for (int64_t k = tile; k < stop; k += together, place += kColumns * together)
+      for (int64_t i = k; i < std::min(k + together, stop); ++i) f(i, place + i - k);
+  }
+}
+
+// f(n, begin, end) for parts of all rows; those of kColumns rows that lie in the same cache lines one after another.
+template <class F>
+void for_each_part(const PackedWeight& w, const F& f) {
+  parallel_for((w.N + kColumns - 1) / kColumns, w.N * w.K, [&](int64_t group) {
+    const int64_t end = std::min((group + 1) * kColumns, w.N);
+    for (int64_t k = 0; k < w.K; k += kPart)
+      for (int64_t n = group * kColumns; n < end; ++n) f(n, k, std::min(k + kPart, w.K));
+  });
 }
 
 }  // namespace
@@ -54,33 +100,31 @@ PackedWeight pack_weight(const float* weight, int64_t stride, int64_t N, int64_t
   auto* offsets = const_cast<int32_t*>(w.offset());
   std::atomic<bool> finite{true};
   parallel_for(N, N * K, [&](int64_t n) {
+    const float largest = largest_magnitude(weight + n * stride, K);
+    if (!std::isfinite(largest)) finite = false;
+    if (form == WeightForm::int8) scales[n] = largest / 127.0f;
+  });
+  w.finite = finite;
+  for_each_part(w, [&](int64_t n, int64_t begin, int64_t end) {
     const float* row = weight + n * stride;
     if (form == WeightForm::f32) {
       auto* out = static_cast<float*>(w.data.get());
-      for (int64_t k = 0; k < K; ++k) {
-        out[place(w, n, k)] = row[k];
-        if (!std::isfinite(row[k])) finite = false;
-      }
+      for_each_place(w, n, begin, end, [&](int64_t k, int64_t place) { out[place] = row[k]; });
     } else if (form == WeightForm::bf16) {
       auto* out = static_cast<uint16_t*>(w.data.get());
-      for (int64_t k = 0; k < K; ++k) out[place(w, n, k)] = to_bf16(row[k]);
+      for_each_place(w, n, begin, end, [&](int64_t k, int64_t place) { out[place] = to_bf16(row[k]); });
     } else {
-      float largest = 0.0f;
-      for (int64_t k = 0; k < K; ++k) largest = std::fmax(largest, std::fabs(row[k]));
-      const float scale = largest / 127.0f, inverse = scale > 0.0f ? 1.0f / scale : 0.0f;
+      const float inverse = scales[n] > 0.0f ? 1.0f / scales[n] : 0.0f;
       auto* out = static_cast<int8_t*>(w.data.get());
       int32_t sum = 0;
-      for (int64_t k = 0; k < K; ++k) {
-        const float level = std::nearbyint(row[k] * inverse);
-        const auto q = int8_t(level > 127.0f ? 127.0f : level < -127.0f ? -127.0f : level);
-        out[place(w, n, k)] = q;
+      for_each_place(w, n, begin, end, [&](int64_t k, int64_t place) {
+        const auto q = int8_t(std::clamp(nearest(row[k] * inverse), -127, 127));
+        out[place] = q;
         sum += q;
-      }
-      scales[n] = scale;
-      offsets[n] = 128 * sum;
+      });
+      offsets[n] += 128 * sum;
     }
   });
-  w.finite = finite;
   return w;
 }
 
@@ -94,13 +138,17 @@ PackedWeight columns_of(const PackedWeight& w, int64_t first, int64_t count) {
 }
 
 void unpack_weight(const PackedWeight& w, float* out) {
-  parallel_for(w.N, w.N * w.K, [&](int64_t n) {
-    for (int64_t k = 0; k < w.K; ++k) {
-      const int64_t from = place(w, n, k);
-      float& to = out[n * w.K + k];
-      if (w.form == WeightForm::f32) to = static_cast<const float*>(w.data.get())[from];
-      if (w.form == WeightForm::bf16) to = from_bf16(static_cast<const uint16_t*>(w.data.get())[from]);
-      if (w.form == WeightForm::int8) to = w.scale()[n] * float(static_cast<const int8_t*>(w.data.get())[from]);
+  for_each_part(w, [&](int64_t n, int64_t begin, int64_t end) {
+    float* row = out + n * w.K;
+    if (w.form == WeightForm::f32) {
+      const auto* from = static_cast<const float*>(w.data.get());
+      for_each_place(w, n, begin, end, [&](int64_t k, int64_t place) { row[k] = from[place]; });
+    } else if (w.form == WeightForm::bf16) {
+      const auto* from = static_cast<const uint16_t*>(w.data.get());
+      for_each_place(w, n, begin, end, [&](int64_t k, int64_t place) { row[k] = from_bf16(from[place]); });
+    } else {
+      const auto* from = static_cast<const int8_t*>(w.data.get());
+      for_each_place(w, n, begin, end, [&](int64_t k, int64_t place) { row[k] = w.scale()[n] * float(from[place]); });
     }
   });
 }

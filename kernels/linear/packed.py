@@ -51,16 +51,18 @@ class PackedLinear:
         self.out_features, self.in_features = weight.shape
         self.bias = None if bias is None else bias.detach().to(torch.float32, copy=True).contiguous()
         matrix = weight.detach().to(torch.float32).contiguous()
-        if weights == "int8" and not matrix.isfinite().all():
-            raise ValueError("weights that are not finite cannot be rounded to int8")
         self.native = None
         self._matrix = torch.empty(0, device="cpu")  # without the extension, all there is
         try:
             pack = _native.library().pack_weight
         except ImportError:
+            finite = bool(matrix.isfinite().all())
             self._matrix = as_rounded(matrix, weights)  # the reference works without the extension
         else:
             self.native = pack(matrix.data_ptr(), matrix.stride(0), *matrix.shape, WEIGHTS[weights])
+            finite = self.native.finite
+        if weights == "int8" and not finite:
+            raise ValueError("weights that are not finite cannot be rounded to int8")
 
     @property
     def nbytes(self) -> int:

@@ -99,6 +99,11 @@ def test_loading_draws_no_random_numbers(tmp_path):
     assert torch.equal(torch.get_rng_state(), state)
 
 
+def run_with_model(program: str, path) -> str:
+    done = subprocess.run([sys.executable, "-c", program, str(path)], check=True, capture_output=True, text=True)
+    return done.stdout
+
+
 def test_sentencepiece_is_not_needed(tmp_path):
     save_model(tmp_path / "model", tiny())
     program = (
@@ -106,7 +111,19 @@ def test_sentencepiece_is_not_needed(tmp_path):
         "from fused_transformer.checkpoint import load_model\n"
         "print(load_model(sys.argv[1]).config.d_model)"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", program, str(tmp_path / "model")], check=True, capture_output=True, text=True
+    assert run_with_model(program, tmp_path / "model") == "24\n"
+
+
+def test_torchs_compiler_is_not_loaded(tmp_path):
+    """By drawing initial weights on the meta device, say: 2 seconds ahead of the first translation."""
+    save_model(tmp_path / "model", tiny())
+    program = (
+        "import sys, torch\n"
+        "from fused_transformer import PackedTransformer, generate\n"
+        "from fused_transformer.checkpoint import load_model\n"
+        "model = load_model(sys.argv[1])\n"
+        "for one in (model, PackedTransformer(model)):\n"
+        "    generate(one, torch.tensor([[4, 5, 2]]))\n"
+        "print('torch._dynamo' in sys.modules)"
     )
-    assert done.stdout == "24\n"
+    assert run_with_model(program, tmp_path / "model") == "False\n"
