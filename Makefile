@@ -76,8 +76,9 @@ $(VENV)/.tools: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or later is needed: make PYTHON=...")'
 	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install $(PIP_QUIET) -c constraints.txt torch "setuptools>=77" "pybind11>=2.13"
-	@# Without CUDA, whose kernels no linter needs compiled: .native compiles those.
-	FUSED_TRANSFORMER_CUDA=0 $(RUN) -m pip install $(PIP_QUIET) -c constraints.txt --no-build-isolation -e ".[dev]"
+	@# Not the package itself, which no linter needs compiled: .native does that, once.
+	$(RUN) _build/requirements.py dev > $(VENV)/requirements.txt
+	$(RUN) -m pip install $(PIP_QUIET) -c constraints.txt -r $(VENV)/requirements.txt
 	touch $@
 
 $(VENV)/.native: $(VENV)/.tools setup.py $(SOURCES)
