@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fused_transformer.hypotheses import NEVER
 from fused_transformer.search_options import SearchOptions
-from fused_transformer.stepping import RankedStep, Step
+from fused_transformer.stepping import GivingStep, RankedStep, Step
 
 
 def constrain(
@@ -60,8 +60,9 @@ class _Constrained:
             self.step.rank_hypotheses(scores)
 
     def __call__(self, prefixes: Tensor, sentences: Tensor, parents: Tensor) -> Tensor:
-        # A copy: the step may hand out rows of a table, or one row many times.
-        logits = self.step(prefixes, sentences, parents).clone()
+        logits = self.step(prefixes, sentences, parents)
+        if not isinstance(self.step, GivingStep):
+            logits = logits.clone()  # it may hand out rows of a table, or one row many times
         generated = prefixes[:, 1:]
         length = generated.shape[1]
         if self.highest >= logits.shape[-1]:

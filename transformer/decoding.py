@@ -77,6 +77,7 @@ class _DeferringStep(_CachedStep):
     """Of a model that tells the likeliest token without all logits; see `deferred.py`."""
 
     model: PackedTransformer
+    gives_its_logits = True  # products with packed weights are new tensors
 
     def __init__(
         self, model: PackedTransformer, memory: Tensor, memory_lengths: Tensor, options: SearchOptions

@@ -51,7 +51,8 @@ class _Level(NamedTuple):
 class LookingAhead:
     """A step function of `search.py` with guesses ahead; a `DeferringStep` and a `RankedStep`.
 
-    Around the model's step are many operations of a few numbers each, so nothing here is done twice.
+    Around the model's step are many operations of a few numbers each, so nothing here is done twice. A call's logits are
+    the caller's to write to (a `GivingStep`): none are handed out twice.
 
     Args:
         model: with a draft.
@@ -59,6 +60,8 @@ class LookingAhead:
         beam_size: rows of each sentence.
         longest: no hypothesis has more tokens, eos counted.
     """
+
+    gives_its_logits = True
 
     def __init__(
         self, model: PackedTransformer, memory: Tensor, memory_lengths: Tensor, beam_size: int, longest: int

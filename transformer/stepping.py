@@ -19,6 +19,13 @@ class RankedStep(Protocol):
         """Ahead of each call in a beam search: log-probabilities (b, beam_size) of its rows."""
 
 
+@runtime_checkable
+class GivingStep(Protocol):
+    """A step function whose logits are new ones each time, and the caller's to write to."""
+
+    gives_its_logits: bool  # True
+
+
 def next_logits(step: Step, prefixes: Tensor, sentences: Tensor, parents: Tensor) -> Tensor:
     """step(...), of the shape it must have."""
     logits = step(prefixes, sentences, parents)
