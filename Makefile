@@ -72,7 +72,7 @@ clean:  ## all that make made
 	rm -rf $(VENV) build dist *.egg-info kernels/_C.*.so .pytest_cache .mypy_cache .ruff_cache
 
 # Stamps: a second run does only what an edit made necessary.
-$(VENV)/.tools: pyproject.toml constraints.txt
+$(VENV)/.tools: pyproject.toml constraints.txt _build/requirements.py
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or later is needed: make PYTHON=...")'
 	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install $(PIP_QUIET) -c constraints.txt torch "setuptools>=77" "pybind11>=2.13"

@@ -6,7 +6,10 @@ import re
 import sys
 from pathlib import Path
 
-from setuptools.compat.py310 import tomllib  # Python's own from 3.11 on
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    from setuptools.compat.py310 import tomllib  # its own copy
 
 PROJECT = Path(__file__).resolve().parents[1] / "pyproject.toml"
 
@@ -26,7 +29,7 @@ def requirements(extras: list[str]) -> list[str]:
         for line in optional[extra]:
             match = own.fullmatch(line)  # an extra that consists of others
             if match:
-                wanted += match[1].split(",")
+                wanted += map(str.strip, match[1].split(","))
             else:
                 found[line] = None
     return list(found)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fused_transformer.kernels.memory import empty_result_like
+
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 
@@ -77,9 +79,9 @@ def rows_for_packed(op: str, name: str, x: Tensor, columns: int) -> Tensor:
 
 def empty_rows_like(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """torch.empty_like, but the last axis is contiguous in any case: not so where x overlaps itself (unfold)."""
-    y = torch.empty_like(x, dtype=dtype)
+    y = empty_result_like(x, dtype, contiguous=False)
     dense = y.shape[-1] <= 1 or y.stride(-1) == 1
-    return y if dense else torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
+    return y if dense else empty_result_like(x, dtype)
 
 
 def dense_last(x: Tensor) -> Tensor:

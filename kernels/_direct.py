@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import _disable_current_modes
 
-from fused_transformer.kernels import _autocast, _dispatch, _native
+from fused_transformer.kernels import _autocast, _dispatch, _native, memory
 
 # In the order of Element in csrc/common/bind_direct.h.
 _ELEMENTS = (torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.bool)
@@ -55,6 +55,8 @@ def links() -> tuple:
         vars(_dispatch),
         vars(forward_ad),
         torch.empty_like,
+        lambda x, contiguous: memory.empty_result_like(x, contiguous=contiguous),
+        lambda like, shape, dtype: memory.empty_result(*shape, like=like, dtype=dtype),
         torch.contiguous_format,
         torch.float32,
         torch.int64,

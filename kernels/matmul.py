@@ -22,6 +22,7 @@ from fused_transformer.kernels import _native
 from fused_transformer.kernels._autocast import SIXTEEN_BITS, autocast_dtype, lowered
 from fused_transformer.kernels._checks import PLAIN_TYPES
 from fused_transformer.kernels._compile import routed
+from fused_transformer.kernels.memory import empty_result
 
 # FUSED_TRANSFORMER_MATMUL: "own" or "torch" whatever the processor.
 SETTING = os.environ.get("FUSED_TRANSFORMER_MATMUL", "")
@@ -106,7 +107,7 @@ def product(
     Without `out` the result has that dtype; `out` may be float32 whatever it is, and must be to be added to.
     """
     (M, K), N = x.shape, w.shape[0]
-    y = x.new_empty(M, N) if out is None else out
+    y = empty_result(M, N, like=x) if out is None else out
     if x.dtype != w.dtype or (add and y.dtype != torch.float32):
         raise ValueError(f"x and w must be of one dtype, a sum float32; got {x.dtype}, {w.dtype}, {y.dtype}")
     if K == 0:

@@ -10,7 +10,6 @@ from fused_transformer.config import TransformerConfig
 from fused_transformer.decoding import beam_search, generate, greedy
 from fused_transformer.embedding import TokenEmbedding
 from fused_transformer.feed_forward import FeedForward
-from fused_transformer.freed_memory import keep_freed_memory
 from fused_transformer.fusing import FuseReport, fuse, unfuse
 from fused_transformer.graphed import GraphedTransformer
 from fused_transformer.incremental import DecoderState
@@ -52,7 +51,6 @@ __all__ = [
     "fuse",
     "generate",
     "greedy",
-    "keep_freed_memory",
     "model_report",
     "nn",
     "show",

@@ -7,10 +7,6 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
-import torch
-
-from fused_transformer.freed_memory import keep_freed_memory
-
 # Each command is the function main(arguments) of a module, imported when asked for: `info` must work where the
 # libraries of the others are missing.
 COMMANDS = {
@@ -38,8 +34,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("rest", nargs=argparse.REMAINDER, metavar="...", help="the command's own arguments")
     parsed = parser.parse_args(arguments)
     module, _ = COMMANDS[parsed.command]
-    if parsed.command == "train" and not torch.cuda.is_available():
-        keep_freed_memory()  # here, and not in cli_train.main: the process is the command's own
     try:
         return import_module(f"fused_transformer.{module}").main(parsed.rest) or 0
     except ModuleNotFoundError as error:

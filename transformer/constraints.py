@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fused_transformer.hypotheses import NEVER
 from fused_transformer.search_options import SearchOptions
-from fused_transformer.stepping import GivingStep, RankedStep, Step
+from fused_transformer.stepping import RankedStep, Step, gives_its_logits
 
 
 def constrain(
@@ -61,7 +61,7 @@ class _Constrained:
 
     def __call__(self, prefixes: Tensor, sentences: Tensor, parents: Tensor) -> Tensor:
         logits = self.step(prefixes, sentences, parents)
-        if not isinstance(self.step, GivingStep):
+        if not gives_its_logits(self.step):
             logits = logits.clone()  # it may hand out rows of a table, or one row many times
         generated = prefixes[:, 1:]
         length = generated.shape[1]

@@ -51,8 +51,8 @@ class _Level(NamedTuple):
 class LookingAhead:
     """A step function of `search.py` with guesses ahead; a `DeferringStep` and a `RankedStep`.
 
-    Around the model's step are many operations of a few numbers each, so nothing here is done twice. A call's logits are
-    the caller's to write to (a `GivingStep`): none are handed out twice.
+    Around the model's step are many operations of a few numbers each, so nothing here is done twice. A call's logits
+    are the caller's to write to (`gives_its_logits`): none are handed out twice.
 
     Args:
         model: with a draft.

@@ -19,11 +19,9 @@ class RankedStep(Protocol):
         """Ahead of each call in a beam search: log-probabilities (b, beam_size) of its rows."""
 
 
-@runtime_checkable
-class GivingStep(Protocol):
-    """A step function whose logits are new ones each time, and the caller's to write to."""
-
-    gives_its_logits: bool  # True
+def gives_its_logits(step: Step) -> bool:
+    """Whether it says (gives_its_logits = True) that its logits are new ones each time, to be written to."""
+    return getattr(step, "gives_its_logits", False) is True
 
 
 def next_logits(step: Step, prefixes: Tensor, sentences: Tensor, parents: Tensor) -> Tensor:

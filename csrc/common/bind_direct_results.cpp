@@ -8,6 +8,24 @@
 namespace fused::direct {
 namespace {
 
+// From here on malloc has a result from the system, page by page: kernels/memory.py has it instead, which leaves to
+// torch what it need not have.
+constexpr int64_t kLargeBytes = int64_t(1) << 22, kMostBytes = 8;  // of an element
+
+int64_t bytes_of(Element element) {
+  switch (element) {
+    case Element::f16:
+    case Element::bf16:
+      return 2;
+    case Element::i64:
+      return 8;
+    case Element::boolean:
+      return 1;
+    default:
+      return 4;
+  }
+}
+
 Output taken(PyObject* tensor) {
   Output out{Ref(tensor), View{}};
   if (tensor == nullptr) throw PythonError{};
@@ -30,6 +48,11 @@ PyObject* numbers(const int64_t* values, int count) {
 Output given(PyObject* tensor) { return taken(Py_NewRef(tensor)); }
 
 Output empty_like(PyObject* tensor, bool contiguous) {
+  View x;
+  if (memory_of(tensor, x) && x.on_cpu() && x.count() * bytes_of(x.element) >= kLargeBytes) {
+    PyObject* arguments[3] = {nullptr, tensor, contiguous ? Py_True : Py_False};
+    return taken(PyObject_Vectorcall(torch.large_like, arguments + 1, 2 | PY_VECTORCALL_ARGUMENTS_OFFSET, nullptr));
+  }
   PyObject* arguments[3] = {nullptr, tensor, torch.contiguous_format};
   constexpr size_t one = 1 | PY_VECTORCALL_ARGUMENTS_OFFSET;
   PyObject* keywords = contiguous ? names.with_format : nullptr;
@@ -38,6 +61,14 @@ Output empty_like(PyObject* tensor, bool contiguous) {
 
 Output empty(PyObject* like, const int64_t* shape, int ndim, Element element) {
   const Ref sizes(numbers(shape, ndim));
+  int64_t count = 1;
+  for (int i = 0; i < ndim; ++i) count *= shape[i];
+  View x;
+  if (count >= kLargeBytes / kMostBytes && memory_of(like, x) && x.on_cpu()) {
+    PyObject* const dtype = element == Element::f32 ? torch.float32 : element == Element::i64 ? torch.int64 : Py_None;
+    PyObject* arguments[4] = {nullptr, like, sizes.get(), dtype};
+    return taken(PyObject_Vectorcall(torch.large, arguments + 1, 3 | PY_VECTORCALL_ARGUMENTS_OFFSET, nullptr));
+  }
   PyObject* keywords = element == Element::f32 || element == Element::i64 ? names.with_dtype : nullptr;
   PyObject* arguments[4] = {nullptr, like, sizes.get(), element == Element::i64 ? torch.int64 : torch.float32};
   constexpr size_t two = 2 | PY_VECTORCALL_ARGUMENTS_OFFSET;

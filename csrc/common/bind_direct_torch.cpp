@@ -46,10 +46,10 @@ PyObject* guarded(PyObject* self, PyObject* const* arguments, Py_ssize_t count) 
 PyObject* connect(PyObject*, PyObject* arguments) {
   PyObject* table;
   Torch t;
-  if (!PyArg_ParseTuple(arguments, "OOOOOOOOOOOOOOOOOOO", &table, &t.tensor, &t.parameter, &t.device, &t.modes,
+  if (!PyArg_ParseTuple(arguments, "OOOOOOOOOOOOOOOOOOOOO", &table, &t.tensor, &t.parameter, &t.device, &t.modes,
                         &t.transforms, &t.tracing, &t.autocast, &t.grad_enabled, &t.autocast_lowers, &t.forced,
-                        &t.dispatch, &t.forward_ad, &t.empty_like, &t.contiguous_format, &t.float32, &t.int64,
-                        &t.raw_stream, &t.current_device))
+                        &t.dispatch, &t.forward_ad, &t.empty_like, &t.large_like, &t.large, &t.contiguous_format,
+                        &t.float32, &t.int64, &t.raw_stream, &t.current_device))
     return nullptr;
   constexpr const char* name = "dlpack_exchange_api";
   if (!PyCapsule_IsValid(table, name)) Py_RETURN_FALSE;

@@ -38,6 +38,7 @@ struct Torch {
   PyObject* forced;                 // a ContextVar
   PyObject *dispatch, *forward_ad;  // the dictionaries of two modules
   PyObject* empty_like;
+  PyObject *large_like, *large;  // (tensor, contiguous) and (like, shape, dtype): kernels/memory.py's empty results
   PyObject *contiguous_format, *float32, *int64;
   // Torch's words, since another copy of the CUDA runtime may remember another device. None where torch has no CUDA.
   PyObject* raw_stream;      // of a device's number: the address of its current stream

@@ -64,7 +64,7 @@ struct PackedWeight {
 // weight (N, K) with rows `stride` elements apart.
 PackedWeight pack_weight(const float* weight, int64_t stride, int64_t N, int64_t K, WeightForm form);
 // Its `count` columns (or as many as there are) from `first` on, the first of a panel, or of float32's columns that lie
-// together. It keeps nothing alive.
+// together. It keeps nothing alive, and what follows it in its last panel are other columns.
 PackedWeight columns_of(const PackedWeight& weight, int64_t first, int64_t count);
 // What the packed weights stand for, (N, K) contiguous.
 void unpack_weight(const PackedWeight& weight, float* out);

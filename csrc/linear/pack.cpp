@@ -46,11 +46,12 @@ float largest_magnitude(const float* row, int64_t count) {
   return x;
 }
 
-int32_t nearest(float x) {
+int8_t level(float x) {
+  const float inside = x < 127.0f ? x > -127.0f ? x : -127.0f : 127.0f;  // NaN, of a row that is refused: 127
 #if defined(__x86_64__)
-  return _mm_cvtss_si32(_mm_set_ss(x));  // std::nearbyint is a call
+  return int8_t(_mm_cvtss_si32(_mm_set_ss(inside)));  // std::nearbyint is a call
 #else
-  return int32_t(std::nearbyint(x));
+  return int8_t(std::nearbyint(inside));
 #endif
 }
 
@@ -114,11 +115,11 @@ PackedWeight pack_weight(const float* weight, int64_t stride, int64_t N, int64_t
       auto* out = static_cast<uint16_t*>(w.data.get());
       for_each_place(w, n, begin, end, [&](int64_t k, int64_t place) { out[place] = to_bf16(row[k]); });
     } else {
-      const float inverse = scales[n] > 0.0f ? 1.0f / scales[n] : 0.0f;
+      const float one_by = 1.0f / scales[n], inverse = std::isfinite(one_by) ? one_by : 0.0f;  // all but 0 is 0
       auto* out = static_cast<int8_t*>(w.data.get());
       int32_t sum = 0;
       for_each_place(w, n, begin, end, [&](int64_t k, int64_t place) {
-        const auto q = int8_t(std::clamp(nearest(row[k] * inverse), -127, 127));
+        const auto q = level(row[k] * inverse);
         out[place] = q;
         sum += q;
       });

@@ -48,7 +48,8 @@ void round_rows_to_levels(const Linear& args, const F& put) {
     float lane[kWidth], largest = 0.0f;
     store(lane, top);
     for (float value : lane) largest = value > largest ? value : largest;
-    const float nothing = reduce_sum(zero), inverse = largest > 0.0f && nothing == 0.0f ? 127.0f / largest : 0.0f;
+    const float nothing = reduce_sum(zero), by = 127.0f / largest;
+    const float inverse = nothing == 0.0f && by < kInf ? by : 0.0f;  // of 0, and what is next to it
     scales[m] = largest / 127.0f + nothing;
     T* out = rounded_row<T>(args, m);
     for (int64_t k = 0; k < depth; k += kWidth) {

@@ -12,7 +12,7 @@
 namespace fused::cpu {
 namespace {
 
-// Panels of Q that are one task: 256 KB at K = 512, and 128 KB of results of 64 rows, which don't leave the
+// Most panels of Q that are one task: 256 KB at K = 512, and 128 KB of results of 64 rows, which don't leave the
 // second-level cache. Each task rounds x for itself.
 constexpr int64_t kPanelsTogether = 8;
 
@@ -69,7 +69,9 @@ int64_t linear_argmax(const LinearArgmax& args) {
   const Screen& screen = *args.screen;
   const int64_t M = args.M, K = screen.weight.K, blocks = screen.blocks();
   const int64_t levels = args.levels > 0 ? args.levels : screen.weight.columns < kPanel ? 1 : 2;
-  const int64_t together = kPanelsTogether * kPanel, groups = (screen.weight.N + together - 1) / together;
+  const int64_t fair = screen.weight.panels() / (4 * omp_get_max_threads());
+  const int64_t together = std::clamp(fair, int64_t(1), kPanelsTogether) * kPanel,
+                groups = (screen.weight.N + together - 1) / together;
   using Room = Scratch<LinearArgmax>;
   Room room(Room::room(levels * M * K * 4) + Room::room(2 * M * 4) + Room::room(M * blocks * 4) +
             Room::room(M * groups * 4));

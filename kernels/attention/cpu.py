@@ -9,6 +9,7 @@ from fused_transformer.kernels import _native
 from fused_transformer.kernels._checks import empty_rows_like
 from fused_transformer.kernels.attention import native
 from fused_transformer.kernels.attention.mask import Mask
+from fused_transformer.kernels.memory import empty_result
 
 C = _native.library()
 
@@ -54,7 +55,7 @@ def backward(dout, q, k, v, out, lse, mask: Mask, scale, dropout_p, seed, wants_
 
 
 def weights(q, k, lse, mask: Mask, scale, dropout_p, seed):
-    probabilities = q.new_empty((*q.shape[:3], mask.k_length))
+    probabilities = empty_result(*q.shape[:3], mask.k_length, like=q)
     scratch = _scratch("weights", q)
     problem = native.problem(q, k, k, mask, scale, dropout_p, seed)
     C.attention_weights(problem, native.statistics(lse), probabilities.data_ptr(), scratch.data_ptr())

@@ -45,7 +45,8 @@ class _Attention(torch.autograd.Function):
             mask = _mask(q, k, keep, bias, others) if mask is None else mask
             arguments = (q, k, v, mask, scale, dropout_p, seed)
             backend = OPS["attention"].pick(*arguments)
-            both = backend.forward(*arguments)
+            out, lse = backend.forward(*arguments)
+            both = out.detach(), lse  # for autograd no view, as the reference's is: nobody could write to it
         out, lse = both
         # the masks too, so that changing one in place before backward is an error
         ctx.save_for_backward(q, k, v, keep, bias, seed, out, lse)

@@ -15,10 +15,11 @@ from fused_transformer.kernels import _philox
 from fused_transformer.kernels._checks import dense_last
 from fused_transformer.kernels._native import DTYPES, ptr
 from fused_transformer.kernels.bias_act.checks import ACTIVATIONS
+from fused_transformer.kernels.memory import empty_result_like
 
 
 def forward(launch: Callable, x, bias, seed, activation, dropout_p):
-    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    y = empty_result_like(x)
     if not x.numel():
         return y
     x, bias = _rows(x), _dense(bias)
@@ -35,7 +36,7 @@ def backward(
     dy, saved, bias, seed, activation, dropout_p, wants_dx, wants_dbias,
 ):  # fmt: skip
     cols = saved.shape[-1]
-    dx = torch.empty_like(saved, memory_format=torch.contiguous_format) if wants_dx else None
+    dx = empty_result_like(saved) if wants_dx else None
     if not saved.numel():
         return dx, saved.new_zeros(cols, dtype=torch.float32) if wants_dbias else None
     dy, saved, bias = _rows(dy), _rows(saved), _dense(bias)

@@ -78,7 +78,7 @@ def losses(logits: Tensor, targets: Tensor, options: Options, reduction: str) ->
     operands = _operands(logits, targets, options)
     backend = OPS["cross_entropy"].pick(*operands)
     each, top, log_sum = backend.forward(*operands)
-    each = each.view(targets.shape)
+    each = each.view(targets.shape).detach()  # for autograd no view, which nobody could write to
     counted = 0 if reduction == "none" else int((targets != options.ignore_index).sum())
     return backend, reduced(each, reduction, counted), top, log_sum, counted
 

@@ -10,6 +10,7 @@ from collections.abc import Callable
 import torch
 
 from fused_transformer.kernels._native import DTYPES, ptr
+from fused_transformer.kernels.memory import empty_result_like
 
 
 def forward(launch: Callable, logits, targets, target_weight, every_weight, z_loss, ignore_index):
@@ -28,7 +29,7 @@ def backward(
     launch: Callable, dlosses, logits, targets, top, log_sum, target_weight, every_weight, z_loss, ignore_index, inplace
 ):
     rows, vocabulary = logits.shape
-    dlogits = logits if inplace else torch.empty_like(logits, memory_format=torch.contiguous_format)
+    dlogits = logits if inplace else empty_result_like(logits)
     targets, top, log_sum = targets.contiguous(), top.contiguous(), log_sum.contiguous()
     launch(
         *(ptr(dlosses), dlosses.stride(0), ptr(logits), logits.stride(0), ptr(targets), ptr(top), ptr(log_sum)),

@@ -9,6 +9,7 @@ from fused_transformer.kernels import _native, _philox
 from fused_transformer.kernels._native import DTYPES, ptr
 from fused_transformer.kernels.embedding.errors import bad_token
 from fused_transformer.kernels.embedding.positions import Positions
+from fused_transformer.kernels.memory import empty_result
 
 _C = _native.library()
 
@@ -19,7 +20,7 @@ def refuses(tokens, table, positions, scale, padding_idx, dropout_p, seed) -> st
 
 def forward(tokens, table, positions: Positions | None, scale, padding_idx, dropout_p, seed):
     vocabulary, width = table.shape
-    out = table.new_empty(*tokens.shape, width)
+    out = empty_result(*tokens.shape, width, like=table)
     rows = where = None
     if positions is not None and tokens.numel():
         rows, where = positions.rows(tokens, width)
@@ -50,7 +51,7 @@ def forward(tokens, table, positions: Positions | None, scale, padding_idx, drop
 def backward(dout: Tensor, tokens, vocabulary, scale, padding_idx, dropout_p, seed):
     count, width = tokens.numel(), dout.shape[-1]
     dout = dout.reshape(count, width)
-    dtable = dout.new_empty(vocabulary, width)
+    dtable = empty_result(vocabulary, width, like=dout)
     scratch = tokens.new_empty(count + vocabulary + 1, dtype=torch.int64)
     _C.embedding_backward(
         ptr(dout),

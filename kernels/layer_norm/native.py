@@ -14,6 +14,7 @@ from torch import Tensor
 from fused_transformer.kernels import _philox
 from fused_transformer.kernels._checks import dense_last
 from fused_transformer.kernels._native import DTYPES, ptr
+from fused_transformer.kernels.memory import empty_result_like
 
 
 def rows(x: Tensor | None) -> tuple[Tensor | None, int]:
@@ -30,9 +31,9 @@ def forward(
     launch: Callable, x, residual, x_bias, weight, bias, seed, eps, dropout_p, rms, keep_total, keep_statistics
 ):
     cols = x.shape[-1]
-    y = _dense_like(x)
+    y = empty_result_like(x)
     makes_total = residual is not None or x_bias is not None or seed is not None
-    total = torch.empty_like(y) if keep_total and makes_total else None
+    total = empty_result_like(y) if keep_total and makes_total else None
     mean = rstd = None
     if keep_statistics:
         rstd = x.new_empty(x.shape[:-1], dtype=torch.float32)
@@ -57,10 +58,10 @@ def backward(
     launch: Callable, parts: int, dy, dtotal, total, weight, mean, rstd, seed, dropout_p, rms, param_dtype, wanted
 ):
     cols = total.shape[-1]
-    dx = _dense_like(total) if wanted.dx else None
+    dx = empty_result_like(total) if wanted.dx else None
     dresidual = None
     if wanted.dresidual:  # where nothing was dropped the two gradients are one tensor
-        dresidual = dx if dx is not None and seed is None else _dense_like(total)
+        dresidual = dx if dx is not None and seed is None else empty_result_like(total)
     sums = [total.new_empty(cols, dtype=param_dtype) if want else None for want in wanted[2:]]
     partials = iter(total.new_empty(sum(wanted[2:]), parts, cols, dtype=torch.float32))
     dx_bias_partials, dweight_partials, dbias_partials = (next(partials) if want else None for want in wanted[2:])
@@ -80,10 +81,6 @@ def backward(
         *(DTYPES[total.dtype], DTYPES[param_dtype]),
     )
     return dx, dresidual, *sums
-
-
-def _dense_like(x: Tensor) -> Tensor:
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 def _common_dtype(dtype: torch.dtype, *parameters: Tensor | None) -> torch.dtype:

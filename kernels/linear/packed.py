@@ -104,5 +104,6 @@ def as_rounded(matrix: Tensor, weights: str) -> Tensor:
 def to_levels(x: Tensor) -> tuple[Tensor, Tensor]:
     """Rows of x (M, K) as whole numbers -127 ... 127, and (M, 1) what they are multiplied by."""
     largest = x.abs().amax(-1, keepdim=True)
-    inverse = torch.where(largest > 0, LEVELS / largest, 0.0)
+    inverse = LEVELS / largest
+    inverse = torch.where(inverse.isfinite(), inverse, 0.0)  # of 0, and what is next to it
     return (x * inverse).round(), largest / LEVELS

@@ -17,6 +17,7 @@ from fused_transformer.kernels import _native, matmul
 from fused_transformer.kernels.cross_entropy import op as cross_entropy
 from fused_transformer.kernels.linear_cross_entropy import CHUNK_ROWS
 from fused_transformer.kernels.linear_cross_entropy.operands import operand
+from fused_transformer.kernels.memory import empty_result
 
 _C = _native.library()
 
@@ -70,10 +71,12 @@ class _Sum:
 
     def add_product(self, a: Tensor, b: Tensor) -> None:
         if a.dtype in matmul.QUICKER:
-            total = a.new_empty(len(a), b.shape[1], dtype=torch.float32) if self.total is None else self.total
+            total = self.total
+            if total is None:
+                total = empty_result(len(a), b.shape[1], like=a, dtype=torch.float32)
             self.total = matmul.product(a, b.t(), out=total, add=self.total is not None)
         elif self.total is None:
-            self.total = torch.mm(a, b)
+            self.total = torch.mm(a, b, out=empty_result(len(a), b.shape[1], like=a))
         elif a.dtype == torch.float32:
             self.total.addmm_(a, b)
         else:
@@ -89,7 +92,7 @@ def _chunks(hidden: Tensor, weight: Tensor, dtype: torch.dtype, least: int):
     most = max(CHUNK_ROWS, least, CHUNK_BYTES // (vocabulary * dtype.itemsize))
     chunks = -(-rows // most)
     size = -(-rows // max(chunks, 1))
-    memory = hidden.new_empty((size, vocabulary), dtype=dtype)
+    memory = empty_result(size, vocabulary, like=hidden, dtype=dtype)
     for first in range(0, rows, max(size, 1)):
         count = min(size, rows - first)
         yield slice(first, first + count), memory[:count]

@@ -251,6 +251,17 @@ def test_without_the_extension_the_reference_serves(monkeypatch):
         linear(x, layer)
 
 
+@pytest.mark.parametrize("size", [1e-36, 1e-37, 1e-42, 1e-45])
+def test_rows_next_to_zero_have_no_level_but_zero(size):
+    """127 / size is infinite from the second on."""
+    row = torch.tensor([1.0, 0.0, -0.5, 0.25])
+    layer = PackedLinear(torch.stack([row * size, row]), weights="int8")
+    assert (layer.matrix()[0] - row * size).abs().max() <= (size / 127 if size == 1e-36 else size)
+    assert (layer.matrix()[1] - row).abs().max() <= 1 / 127
+    y = linear(torch.stack([row * size, row]), layer)
+    assert (y[0].abs() <= 1.5 * size).all() and y[1, 0].abs() <= 1.5 * size and abs(y[1, 1] - 1.3125) < 0.02
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("isa", ["baseline", "avx2"])
 def test_every_instruction_set(isa):

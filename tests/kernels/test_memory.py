@@ -5,11 +5,22 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 
 import pytest
 import torch
 
-from fused_transformer.kernels.memory import LEAST_BYTES, empty_pages
+from fused_transformer.kernels import (
+    add_layer_norm,
+    attention,
+    bias_act,
+    cross_entropy,
+    embedding,
+    layer_norm,
+    use_backend,
+)
+from fused_transformer.kernels.memory import LARGE_BYTES, LEAST_BYTES, empty_pages, empty_result, empty_result_like
+from tests.inputs import threads
 from tests.oracle import assert_equal
 
 MIB = 2**20
@@ -75,3 +86,99 @@ def test_small_tensors_and_other_devices_have_memory_of_their_own():
     assert empty_pages(MIB, like=LIKE.to("meta")).device.type == "meta"
     small = empty_pages(LEAST_BYTES // 4 - 1, like=LIKE)
     assert small.untyped_storage().nbytes() == LEAST_BYTES - 4
+
+
+# ---------------------------------------------------------------- results of ops
+
+
+@pytest.fixture
+def as_it_lies(monkeypatch):
+    """torch leaves what it allocates as it is; otherwise in these tests it fills it, and has all of it to itself."""
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
+
+
+def is_on_pages(x: torch.Tensor) -> bool:
+    return not x.untyped_storage().resizable()
+
+
+LARGE = torch.zeros(1030, 1025)
+assert LARGE.nbytes >= LARGE_BYTES
+
+
+@pytest.mark.usefixtures("as_it_lies")
+@pytest.mark.parametrize("layout", ["rows", "columns", "heads", "every_second"])
+@pytest.mark.parametrize("contiguous", [True, False])
+def test_a_large_result_is_as_torch_would_make_it(contiguous, layout):
+    x = {
+        "rows": LARGE,
+        "columns": LARGE.t(),
+        "heads": torch.zeros(2, 600, 8, 128).transpose(1, 2),
+        "every_second": torch.zeros(1030, 2050)[:, ::2],
+    }[layout]
+    form = torch.contiguous_format if contiguous else torch.preserve_format
+    for dtype in (None, torch.float64):
+        wanted, got = (
+            torch.empty_like(x, dtype=dtype, memory_format=form),
+            empty_result_like(x, dtype, contiguous=contiguous),
+        )
+        assert (got.shape, got.stride(), got.dtype) == (wanted.shape, wanted.stride(), wanted.dtype)
+        assert is_on_pages(got) and not got._is_view() and not got.requires_grad
+    got = empty_result(*x.shape, like=x, dtype=torch.bfloat16)
+    assert got.shape == x.shape and got.dtype == torch.bfloat16 and got.is_contiguous()
+
+
+def test_torch_fills_large_results_where_it_was_told_to():
+    for x in (empty_result_like(LARGE), empty_result(*LARGE.shape, like=LARGE)):
+        assert x.isnan().all() and not is_on_pages(x)
+
+
+@pytest.mark.usefixtures("as_it_lies")
+def test_who_has_memory_of_their_own():
+    class Own(torch.Tensor):
+        pass
+
+    for x in (LARGE[:100], LARGE.to("meta"), LARGE.as_subclass(Own)):
+        assert not is_on_pages(empty_result_like(x)) and type(empty_result_like(x)) is type(x)
+    assert is_on_pages(empty_result_like(torch.nn.Parameter(LARGE)))
+
+
+def operations() -> dict:
+    """Each op with large results and gradients: a tensor, and a function of it."""
+    tokens, targets = torch.randint(0, 1030, (1100,)), torch.randint(0, 1025, (1030,))
+    return {
+        "bias_act": (torch.randn(1030, 1025), lambda x: bias_act(x, x.new_ones(1025), activation="gelu")),
+        "layer_norm": (torch.randn(1030, 1025), lambda x: layer_norm(x)),
+        "add_layer_norm": (torch.randn(1030, 1025), lambda x: add_layer_norm(x, x.detach() * 2)),
+        "cross_entropy": (torch.randn(1030, 1025), lambda x: cross_entropy(x, targets, reduction="none")),
+        "embedding": (torch.randn(1030, 1025), lambda x: embedding(tokens, x)),
+        "attention": (torch.randn(2, 600, 8, 128), lambda x: attention(*(x.transpose(1, 2),) * 3)),
+    }
+
+
+@pytest.mark.usefixtures("as_it_lies")
+@pytest.mark.parametrize("name", operations())
+@pytest.mark.parametrize("way", ["direct", "long"])
+def test_large_results_and_gradients_are_right_and_anybodys_to_write_to(way, name):
+    x, function = operations()[name]
+
+    def both(dtype):
+        leaf = x.to(dtype, copy=True).requires_grad_()
+        y = function(leaf)
+        y.backward(torch.ones_like(y))
+        return y, leaf.grad
+
+    with threads(2), use_backend("cpu") if way == "long" else nullcontext():
+        y, grad = both(torch.float32)
+        plain = function(x)
+        again = function(x * 2)  # has other memory, as those are in use
+    for got, wanted in zip((y, grad), both(torch.float64), strict=True):
+        torch.testing.assert_close(got.double(), wanted, rtol=1e-4, atol=1e-4)
+    assert_equal(plain, y.detach())
+    if name != "cross_entropy":  # whose result is small
+        assert all(map(is_on_pages, (plain, y, again)))
+    if name != "attention":  # whose three gradients torch adds up
+        assert is_on_pages(grad)
+    before = plain.clone()
+    plain += 1
+    y += 1
+    assert_equal([plain, y.detach()], [before + 1] * 2)

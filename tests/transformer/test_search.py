@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fused_transformer.constraints import constrain, repeating
+from fused_transformer.constraints import repeating
 from fused_transformer.sampling import draw, mix, sentence_keys, uniforms
 from fused_transformer.search import SearchOptions, search, search_beams, search_samples
 from tests.transformer import search_reference
@@ -387,18 +387,3 @@ def test_bos_is_no_part_of_a_repeated_ngram():
     options = SearchOptions(beam_size=1, no_repeat_ngram_size=1)
     found = search(lambda prefixes, *_: logits.expand(len(prefixes), -1), torch.tensor([3]), options)
     assert found.tokens[0, 0].tolist() == [BOS, 0, 3]
-
-
-def test_logits_are_written_to_only_where_they_are_given_away():
-    rows, options = torch.zeros(3, 5), SearchOptions(suppress_tokens=(1,))
-
-    class Giving:
-        gives_its_logits = True
-
-        def __call__(self, prefixes, sentences, parents):
-            return rows
-
-    prefixes, numbers = torch.ones(3, 1, dtype=torch.int64), torch.arange(3)
-    logits = constrain(lambda prefixes, sentences, parents: rows, options)(prefixes, numbers, numbers)
-    assert torch.equal(rows, torch.zeros(3, 5)) and logits[:, 1].isneginf().all()
-    assert constrain(Giving(), options)(prefixes, numbers, numbers) is rows and rows[:, 1].isneginf().all()
