@@ -57,7 +57,8 @@ def _may_be_pages(like: Tensor) -> bool:
 
 def _torch_fills() -> bool:
     """Whether torch fills what it allocates, for programs that must not depend on what lay there."""
-    return torch.are_deterministic_algorithms_enabled() and torch.utils.deterministic.fill_uninitialized_memory
+    fills = getattr(torch.utils.deterministic, "fill_uninitialized_memory", True)  # which its stubs do not know
+    return torch.are_deterministic_algorithms_enabled() and fills
 
 
 def _on_pages(shape: Sequence[int], strides: Sequence[int], dtype: torch.dtype) -> Tensor:
