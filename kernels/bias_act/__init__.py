@@ -15,6 +15,7 @@ from fused_transformer.kernels._native import DTYPES, available
 from fused_transformer.kernels._philox import seed_for
 from fused_transformer.kernels.bias_act import compiled
 from fused_transformer.kernels.bias_act.checks import ACTIVATIONS, check
+from fused_transformer.kernels.memory import LARGE_BYTES
 
 __all__ = ["ACTIVATIONS", "bias_act", "has_kernel", "op"]
 
@@ -113,12 +114,14 @@ def bias_act(
 def has_kernel(x: Tensor, activation: str, dropout_p: float = 0.0) -> bool:
     """Whether a kernel takes x here and is the better choice beside torch's own activation and dropout.
 
-    It is not on a CPU for ReLU or the exact GELU alone, since one pass of torch's is as quick as one of ours; nor
-    inside torch.compile, which fuses them itself, but for dropout on a CPU, whose bits are to be those of an eager
-    call. The backend that `use_backend` forces is taken at its word.
+    It is not on a CPU for ReLU or the exact GELU of less than 4 MB alone, since one pass of torch's is as quick as one
+    of ours, whose results lie in memory that is used again from there on (see `memory.py`); nor inside torch.compile,
+    which fuses them itself, but for dropout on a CPU, whose bits are to be those of an eager call. The backend that
+    `use_backend` forces is taken at its word.
     """
     if torch.compiler.is_compiling():
         return x.is_cpu and dropout_p > 0.0 and x.dtype in DTYPES and available()
-    if x.is_cpu and dropout_p == 0.0 and activation != "gelu_tanh" and forced_backend() is None:
+    small = x.numel() * x.itemsize < LARGE_BYTES
+    if x.is_cpu and small and dropout_p == 0.0 and activation != "gelu_tanh" and forced_backend() is None:
         return False
     return op.serves(x, None, None, activation, dropout_p)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
+
 import pytest
 import torch
 from torch.func import functional_call
@@ -9,6 +11,7 @@ from torch.func import functional_call
 from fused_transformer import FeedForward
 from fused_transformer.kernels import BACKENDS, _philox, bias_act, use_backend
 from fused_transformer.kernels.bias_act import has_kernel, op
+from fused_transformer.kernels.memory import LARGE_BYTES
 from tests.oracle import assert_matches, in_float64, run_with_gradients
 
 E, WIDE = 24, 100
@@ -64,10 +67,29 @@ def test_a_kernel_is_used_where_there_is_one_and_the_reference_where_it_is_asked
     expected = any(op.why_not(b, x, None, None, "relu", 0.5) is None for b in op.order[:-1])
     assert has_kernel(x, "relu", 0.5) == has_kernel(x, "gelu_tanh") == expected
     assert not has_kernel(x, "relu") and not has_kernel(x, "gelu")  # torch's own are as quick on a CPU
+    large = torch.zeros(LARGE_BYTES // 4)
+    assert has_kernel(large, "relu") == has_kernel(large, "gelu") == expected
+    assert not has_kernel(large[1:], "relu")
     for backend in BACKENDS:
         with use_backend(backend):
             assert has_kernel(x, "relu") == (op.why_not(backend, x, None, None, "relu", 0.0) is None)
             assert has_kernel(x.double(), "relu") == (backend == "reference")
+
+
+@pytest.mark.parametrize("activation", ["relu", "gelu", "silu"])
+def test_large_activations_and_their_gradients(activation):
+    torch.manual_seed(1)
+    module, rows = FeedForward(8, 2048, activation=activation), LARGE_BYTES // 4 // 2048
+    x = torch.randn(rows, 8, requires_grad=True)
+
+    def results(x, module):
+        y = module(x)
+        return y, *torch.autograd.grad(y.square().sum(), [x, *module.parameters()])
+
+    got = results(x, module)
+    exact = results(x.detach().double().requires_grad_(), deepcopy(module).double())
+    for one, wanted in zip(got, exact, strict=True):
+        torch.testing.assert_close(one.double(), wanted, rtol=1e-4, atol=1e-4 * float(wanted.abs().max()))
 
 
 def test_torch_compile_is_left_to_fuse_by_itself():
