@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from copy import deepcopy
-
 import pytest
 import torch
 from torch.func import functional_call
@@ -77,19 +75,19 @@ def test_a_kernel_is_used_where_there_is_one_and_the_reference_where_it_is_asked
 
 
 @pytest.mark.parametrize("activation", ["relu", "gelu", "silu"])
-def test_large_activations_and_their_gradients(activation):
+def test_large_activations_and_their_gradients_are_those_of_torch(activation, monkeypatch):
     torch.manual_seed(1)
     module, rows = FeedForward(8, 2048, activation=activation), LARGE_BYTES // 4 // 2048
     x = torch.randn(rows, 8, requires_grad=True)
 
-    def results(x, module):
+    def results():
         y = module(x)
         return y, *torch.autograd.grad(y.square().sum(), [x, *module.parameters()])
 
-    got = results(x, module)
-    exact = results(x.detach().double().requires_grad_(), deepcopy(module).double())
-    for one, wanted in zip(got, exact, strict=True):
-        torch.testing.assert_close(one.double(), wanted, rtol=1e-4, atol=1e-4 * float(wanted.abs().max()))
+    got = results()
+    monkeypatch.setattr("fused_transformer.feed_forward.has_kernel", lambda *_: False)
+    for one, wanted in zip(got, results(), strict=True):
+        torch.testing.assert_close(one, wanted, rtol=1e-4, atol=1e-5 * float(wanted.abs().max()))
 
 
 def test_torch_compile_is_left_to_fuse_by_itself():
