@@ -87,7 +87,7 @@ def test_large_activations_and_their_gradients_are_those_of_torch(activation, mo
     got = results()
     monkeypatch.setattr("fused_transformer.feed_forward.has_kernel", lambda *_: False)
     for one, wanted in zip(got, results(), strict=True):
-        torch.testing.assert_close(one, wanted, rtol=1e-4, atol=1e-5 * float(wanted.abs().max()))
+        torch.testing.assert_close(one, wanted, rtol=1e-4, atol=1e-5 * wanted.abs().max().item())
 
 
 def test_torch_compile_is_left_to_fuse_by_itself():
