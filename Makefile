@@ -15,7 +15,7 @@ help:  ## this list
 install: $(VENV)/.native  ## a virtual environment in .venv with the package, compiled and editable
 
 test: $(VENV)/.native  ## every test that needs no GPU
-	$(RUN) -m pytest -m "not gpu" -n 2 --dist loadfile
+	$(RUN) -m pytest -m "not gpu" -n 2 --dist loadfile --no-loadscope-reorder
 
 builds: $(VENV)/.native  ## the Triton kernels compiled for sm_80, sm_90 and sm_100, compared with what is on record
 	FUSED_TRANSFORMER_BUILDS=1 $(RUN) -m pytest tests/kernels/test_triton_builds.py

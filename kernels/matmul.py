@@ -26,15 +26,15 @@ from fused_transformer.kernels.memory import empty_result
 
 # FUSED_TRANSFORMER_MATMUL: "own" or "torch" whatever the processor.
 SETTING = os.environ.get("FUSED_TRANSFORMER_MATMUL", "")
-if SETTING not in ("", "own", "torch"):
-    raise ValueError(f"FUSED_TRANSFORMER_MATMUL must be own or torch, got {SETTING}")
 
 
-def _quicker() -> frozenset[torch.dtype]:
-    """The dtypes whose products by torch are the slower ones on this processor."""
-    if not _native.available() or SETTING == "torch":
+def _quicker(setting: str) -> frozenset[torch.dtype]:
+    """The dtypes whose products by torch are the slower ones on this processor, or that the setting gives to ours."""
+    if setting not in ("", "own", "torch"):
+        raise ValueError(f"FUSED_TRANSFORMER_MATMUL must be own or torch, got {setting}")
+    if not _native.available() or setting == "torch":
         return frozenset()
-    if SETTING == "own":
+    if setting == "own":
         return frozenset(_native.DTYPES)
     found = {torch.float32} if _native.library().matmul_is_quicker() else set()
     if _native.library().isa() in ("avx2", "avx512"):
@@ -51,7 +51,7 @@ def onednn_multiplies(dtype: torch.dtype) -> bool:
         return True
 
 
-QUICKER = _quicker()
+QUICKER = _quicker(SETTING)
 # And whether those of few rows and many weights are in float32, where others are not: see csrc/linear/matmul.cpp.
 QUICKER_FOR_FEW = SETTING == "" and _native.available() and _native.library().matmul_is_quicker_for_few_rows()
 FEW_ROWS = range(4, 257)

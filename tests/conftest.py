@@ -44,6 +44,7 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "slow: takes more than about ten seconds")
     config.addinivalue_line("markers", "fuzz: random calls; python -m tests.fuzz draws them for as long as one wants")
     config.addinivalue_line("markers", "emulated: runs CUDA kernels on the CPU")
+    config.addinivalue_line("markers", "every_isa(*ids): CPU kernels, here those with these ids; -m every_isa")
     workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
     # Two threads even on a large machine: enough to go through the parallel code, and tests are small.
     torch.set_num_threads(max(1, min(2, (os.cpu_count() or 1) // workers)))
@@ -71,10 +72,30 @@ def pytest_itemcollected(item):  # ahead of -m
 
 @pytest.hookimpl(trylast=True)  # after -k and -m, which may have chosen one of the two types
 def pytest_collection_modifyitems(config, items):
-    if not config.getoption("--both-16-bit-types"):
+    left_out = set()
+    if config.option.markexpr == "every_isa":
+        left_out = {item for item in items if not _runs_cpu_kernels(item)}
+    elif not config.getoption("--both-16-bit-types"):
         left_out = _one_of_each_two(items)
-        items[:] = [item for item in items if item not in left_out]
-        config.hook.pytest_deselected(items=list(left_out))
+    items[:] = [item for item in items if item not in left_out]
+    config.hook.pytest_deselected(items=list(left_out))
+    if hasattr(config, "workerinput"):
+        _put_long_files_first(items)
+
+
+def _put_long_files_first(items) -> None:
+    """So that pytest-xdist, which gives files out whole, has nothing long left when one worker has nothing to do."""
+    tests = Counter(item.path for item in items)
+    slow = {item.path for item in items if item.get_closest_marker("slow") or item.get_closest_marker("fuzz")}
+    items.sort(key=lambda item: (item.path not in slow, -tests[item.path]))
+
+
+def _runs_cpu_kernels(item) -> bool:
+    parameters = item.callspec.params if hasattr(item, "callspec") else {}
+    ids = item.callspec.id.split("-") if parameters else []
+    asked = item.get_closest_marker("every_isa").args
+    on_cpu = parameters.get("backend", "cpu") == "cpu" and parameters.get("device", "cpu") == "cpu"
+    return on_cpu and all(name in ids for name in asked)
 
 
 def _one_of_each_two(items) -> set:

@@ -10,13 +10,8 @@ def test_matches_the_reference(backend, case, dtype, layout, device):
 
 from __future__ import annotations
 
-import os
-import re
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -138,30 +133,3 @@ def threads(count: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def lesser_isas() -> tuple[str, ...]:
-    """The instruction sets the CPU kernels are compiled for that this run does not use (see csrc/common/isa.h)."""
-    from fused_transformer.kernels import _native
-
-    names = ("baseline", "avx2", "avx512")
-    return names[: names.index(_native.library().isa())]
-
-
-def run_tests_with_isa(isa: str, *pytest_args: str) -> None:
-    """Run tests again where the CPU kernels use `isa`: run_tests_with_isa("avx2", __file__, "-k", "matches")."""
-    environment = {**os.environ, "FUSED_TRANSFORMER_ISA": isa, "PYTEST_ADDOPTS": ""}
-    for name in [name for name in environment if name.startswith("PYTEST_XDIST")]:
-        del environment[name]
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *pytest_args]
-    done = subprocess.run(
-        command,
-        env=environment,
-        cwd=Path(__file__).parents[1],
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
-    assert done.returncode == 0, f"under {isa}:\n{done.stdout[-6000:]}{done.stderr[-2000:]}"
-    assert re.search(r"\d+ passed", done.stdout), f"no test ran under {isa}:\n{done.stdout[-2000:]}"

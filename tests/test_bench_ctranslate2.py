@@ -34,6 +34,7 @@ def make_work(batch=3, beam_size=1):
     return comparison.make_work(batch, beam_size, 1, 8, comparison.TINY.target_vocab_size)
 
 
+@pytest.mark.slow
 def test_a_quick_run(tmp_path, capfd):
     output = tmp_path / "result.json"
     options = ["--quick", "--threads", "1", "--batches", "1", "3", "--rounds", "2", "--output", str(output)]

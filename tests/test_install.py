@@ -77,6 +77,7 @@ def sdist(tmp_path_factory) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_the_wheel_holds_every_module_and_no_source(wheel):
     names = names_in(wheel)
     modules = {

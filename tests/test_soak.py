@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from tests import soak
@@ -17,6 +18,7 @@ def test_a_leak_is_noticed():
     assert soak.soak(step, 10) > soak.GROWTH
 
 
+@pytest.mark.slow
 def test_training_keeps_its_memory():
     trainer = soak.make_trainer()
     for _ in range(20):

@@ -23,12 +23,13 @@ FT_INLINE void each_vector(int64_t N, const F& f) {
   for (; i < N; i += kWidth) f(i, N - i < kWidth ? int(N - i) : kWidth, 0);
 }
 
-// The same with dropout's factors, f(first, count, slot, factor): 1 where `dropout` is nullptr.
+// The same with dropout's factors, f(first, count, slot, factor): 1 where `dropout` is nullptr. `before`: columns that
+// the row has ahead of these, a multiple of four.
 template <class F>
-FT_INLINE void each_vector(int64_t N, const RowDropout* dropout, int64_t row, const F& f) {
+FT_INLINE void each_vector(int64_t N, const RowDropout* dropout, int64_t row, const F& f, int64_t before = 0) {
   RowFactors factors{{splat(1.0f), splat(1.0f), splat(1.0f), splat(1.0f)}};
   for (int64_t i = 0; i < N; i += 4 * kWidth) {
-    if (dropout) factors = row_dropout(*dropout, row, i);
+    if (dropout) factors = row_dropout(*dropout, row, before + i);
     if (i + 4 * kWidth <= N) {
       f(i, kWidth, 0, factors.part[0]);
       f(i + kWidth, kWidth, 1, factors.part[1]);

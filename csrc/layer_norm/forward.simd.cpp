@@ -11,51 +11,77 @@
 namespace fused::cpu::FT_ISA {
 namespace {
 
-constexpr int64_t kHeld = 8192;  // the longest row kept on the stack: 32 KiB; a longer one is summed again from memory
+constexpr int64_t kHeld = 16384;         // the longest row whose total is kept on the stack: 64 KiB
+constexpr int64_t kStretch = 4096;       // of a longer one this much is made at a time: 16 KiB, in the first-level cache
 constexpr int64_t kTaskElements = 8192;  // rows that one thread takes at a time hold about this much
 
-// The row's total as numbers that lie in memory already.
-struct HeldRow {
-  const float* row;
-
-  template <class F>
-  FT_INLINE void each(int64_t N, const F& f) const {
-    each_vector(N, [&](int64_t i, int count, int slot) FT_LAMBDA { f(i, count, slot, load(row + i, count)); });
-  }
-};
-
-// The row's total, computed at every visit.
+// What a row's total is the sum of.
 template <class T>
-struct SummedRow {
+struct Summands {
   const T* x;
   const T* residual;
   Untyped<T> x_bias;
   const RowDropout* dropout;
   int64_t index;
 
+  // N columns of the total from `first` on, into `held`, and into `kept` if somebody asked for it.
+  __attribute__((noinline)) void sum(int64_t first, int64_t N, float* held, const typename Output<T>::Row& kept) const {
+    if (kept.data)
+      sum_and(first, N, held, [&](int64_t i, int count, Vec total) FT_LAMBDA { kept.put(first + i, total, count); });
+    else
+      sum_and(first, N, held, [](int64_t, int, Vec) FT_LAMBDA {});
+  }
+
+  template <class F>
+  FT_INLINE void sum_and(int64_t first, int64_t N, float* held, const F& keep) const {
+    const T *const x_part = x + first, *const residual_part = residual ? residual + first : nullptr;
+    const auto put = [&](int64_t i, int count, Vec total) FT_LAMBDA {
+      store(held + i, total, count);
+      keep(i, count, total);
+    };
+    if (dropout || x_bias.data)
+      return each_vector(
+          N, dropout, index,
+          [&](int64_t i, int count, int, Vec factor) FT_LAMBDA {
+            Vec total = load(x_part + i, count);
+            if (x_bias.data) total += x_bias.at(first + i, count);
+            total = dropped(total, factor);
+            if (residual_part) total += load(residual_part + i, count);
+            put(i, count, rounded<T>(total));
+          },
+          first);
+    if (residual_part)
+      return each_vector(N, [&](int64_t i, int count, int) FT_LAMBDA {
+        put(i, count, rounded<T>(load(x_part + i, count) + load(residual_part + i, count)));
+      });
+    each_vector(N, [&](int64_t i, int count, int) FT_LAMBDA { put(i, count, load(x_part + i, count)); });
+  }
+};
+
+// The row's total: in memory, or made again at each visit, a stretch at a time.
+template <class T>
+struct Total {
+  const float* row;  // nullptr: made again
+  const Summands<T>* summands;
+  float* held;
+
   template <class F>
   FT_INLINE void each(int64_t N, const F& f) const {
-    if (!dropout && !x_bias.data) {
-      if (!residual)
-        return each_vector(N, [&](int64_t i, int count, int slot) FT_LAMBDA { f(i, count, slot, load(x + i, count)); });
-      return each_vector(N, [&](int64_t i, int count, int slot) FT_LAMBDA {
-        f(i, count, slot, rounded<T>(load(x + i, count) + load(residual + i, count)));
-      });
+    const int64_t most = row ? N : kStretch;  // a multiple of four vectors: slots are those of the row as one
+    for (int64_t first = 0; first < N; first += most) {
+      const int64_t left = N - first, stretch = left < most ? left : most;
+      if (!row) summands->sum(first, stretch, held, {});
+      const float* const part = row ? row : held;
+      each_vector(stretch,
+                  [&](int64_t i, int count, int slot) FT_LAMBDA { f(first + i, count, slot, load(part + i, count)); });
     }
-    each_vector(N, dropout, index, [&](int64_t i, int count, int slot, Vec factor) FT_LAMBDA {
-      Vec total = load(x + i, count);
-      if (x_bias.data) total += x_bias.at(i, count);
-      total = dropped(total, factor);
-      if (residual) total += load(residual + i, count);
-      f(i, count, slot, rounded<T>(total));
-    });
   }
 };
 
 // Statistics and output of one row. The variance is summed around the mean: sum(x^2) - mean^2 would lose it where
 // |mean| >> std. What the mean's own rounding left behind is summed in the same pass and taken off again.
-template <class T, class Row>
-void normalise(const LayerNormForward& args, const Row& source, const Output<T>& y_rows, int64_t row) {
+template <class T>
+void normalise(const LayerNormForward& args, const Total<T>& source, const Output<T>& y_rows, int64_t row) {
   const int64_t N = args.N;
   float mean = 0.0f;
   if (!args.rms) {
@@ -91,20 +117,19 @@ void forward_row(const LayerNormForward& args, const Output<T>& y, const Output<
   const T* x = static_cast<const T*>(args.x) + row * args.x_stride;
   const T* residual = args.residual ? static_cast<const T*>(args.residual) + row * args.residual_stride : nullptr;
   if constexpr (sizeof(T) == 4)
-    if (!residual && !args.x_bias && !dropout && !total_out.data) return normalise(args, HeldRow{x}, y, row);
+    if (!residual && !args.x_bias && !dropout && !total_out.data)
+      return normalise(args, Total<T>{x, nullptr, nullptr}, y, row);
 
-  const SummedRow<T> source{x, residual, {args.x_bias, args.param_dtype == DType::f32, 0.0f}, dropout, row};
+  const Summands<T> summands{x, residual, {args.x_bias, args.param_dtype == DType::f32, 0.0f}, dropout, row};
   float held[kHeld];
   const bool hold = args.N <= kHeld;
   const auto kept = total_out.row(row);
-  if (hold || kept.data) {
-    source.each(args.N, [&](int64_t i, int count, int, Vec total) FT_LAMBDA {
-      if (hold) store(held + i, total, count);
-      if (kept.data) kept.put(i, total, count);
-    });
-  }
-  if (hold) return normalise(args, HeldRow{held}, y, row);
-  normalise(args, source, y, row);
+  if (hold || kept.data)
+    for (int64_t first = 0; first < args.N; first += kHeld) {
+      const int64_t left = args.N - first;
+      summands.sum(first, left < kHeld ? left : kHeld, held, kept);
+    }
+  normalise(args, Total<T>{hold ? held : nullptr, &summands, held}, y, row);
 }
 
 }  // namespace

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fused_transformer.kernels import attention, attention_weights, attention_with_lse, use_backend
 from fused_transformer.kernels.attention import op
-from tests.inputs import FLOATS, LAYOUTS, Case, case_id, dtype_id, lesser_isas, normal, run_tests_with_isa, running_on
+from tests.inputs import FLOATS, LAYOUTS, Case, case_id, dtype_id, normal, running_on
 from tests.oracle import assert_backend_matches, assert_matches, in_float64
 
 BACKENDS = [name for name in op.order if name != "reference"]
@@ -93,6 +93,7 @@ def build(case: Case, dtype: torch.dtype, device: str = "cpu") -> tuple[dict[str
     return tensors, options
 
 
+@pytest.mark.every_isa
 @pytest.mark.parametrize("dtype", FLOATS, ids=dtype_id)
 @pytest.mark.parametrize("case", [*SHAPES, *MASKS], ids=case_id)
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -114,6 +115,7 @@ def test_weights_match_the_reference(backend, case, device):
     assert_backend_matches(weights, backend, inputs)
 
 
+@pytest.mark.every_isa
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_any_strides(backend, layout, device):
@@ -131,6 +133,7 @@ def test_heads_projected_side_by_side(backend, device):
     assert got["out"].transpose(1, 2).is_contiguous()
 
 
+@pytest.mark.every_isa
 @pytest.mark.parametrize("layout", ["dense", "strided", "transposed"])
 @pytest.mark.parametrize("kind", ["keep", "bias"])
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -180,8 +183,3 @@ def test_bfloat16_bias_with_float32_tensors(backend, device):
         exact = attention(**in_float64(tensors), bias=bias.double())
         naive = attention(**tensors, bias=bias)
     assert_matches(got, exact, naive)
-
-
-@pytest.mark.parametrize("isa", lesser_isas())
-def test_every_instruction_set(isa):
-    run_tests_with_isa(isa, __file__, "-k", "cpu-cpu and (matches_the_reference or any_strides)")

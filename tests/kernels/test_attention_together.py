@@ -15,7 +15,7 @@ from fused_transformer.kernels import (
     use_backend,
 )
 from fused_transformer.kernels.attention import self_attention, together
-from tests.inputs import FLOATS, Case, case_id, dtype_id, lesser_isas, normal, run_tests_with_isa
+from tests.inputs import FLOATS, Case, case_id, dtype_id, normal
 from tests.oracle import assert_equal, assert_matches, in_float64, run_with_gradients
 
 B, H = 3, 2
@@ -75,6 +75,7 @@ def shortcut(monkeypatch) -> list[bool]:
     return taken
 
 
+@pytest.mark.every_isa("f32", "mean")
 @every_case
 @every_order
 @pytest.mark.parametrize("dtype", FLOATS, ids=dtype_id)
@@ -202,11 +203,6 @@ def test_wrong_arguments_are_errors(qkv, options, message):
         self_attention(qkv, H, **options)
     with pytest.raises(ValueError, match="3 \\* 0"):
         self_attention(qkv, 0)
-
-
-@pytest.mark.parametrize("isa", lesser_isas())
-def test_every_instruction_set(isa):
-    run_tests_with_isa(isa, __file__, "-k", "test_matches_the_reference and f32 and mean and (prime or one)")
 
 
 def test_a_batch_of_none():

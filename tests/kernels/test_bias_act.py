@@ -14,9 +14,7 @@ from tests.inputs import (
     Case,
     case_id,
     dtype_id,
-    lesser_isas,
     normal,
-    run_tests_with_isa,
     running_on,
     threads,
 )
@@ -58,6 +56,7 @@ def test_matches_the_reference(backend, activation, case, dtype, device):
     assert got["out"].dtype == dtype and got["out"].is_contiguous()
 
 
+@pytest.mark.every_isa
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no_bias"])
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -120,6 +119,7 @@ def test_no_rows_give_no_output_and_a_gradient_of_zeros(backend, device):
 # ---------------------------------------------------------------- dropout
 
 
+@pytest.mark.every_isa
 @pytest.mark.parametrize("cols", [1, 3, 64, 71, 300, 1029])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("dtype", FLOATS, ids=dtype_id)
@@ -167,6 +167,7 @@ def test_without_dropout_the_seed_and_the_generator_do_not_matter():
 # ---------------------------------------------------------------- numbers
 
 
+@pytest.mark.every_isa
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("dtype", FLOATS, ids=dtype_id)
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -224,6 +225,7 @@ def test_the_same_bits_on_any_number_of_threads(activation):
         assert_equal(run_with_gradients_on("cpu", tensors, **options), alone)
 
 
+@pytest.mark.every_isa
 @pytest.mark.parametrize("dtype", FLOATS, ids=dtype_id)
 def test_outputs_that_go_past_the_cache_are_the_same(dtype):
     # 4 MiB and more are stored past the cache (csrc/common/stream.h), the rows of a part of them are not
@@ -235,14 +237,6 @@ def test_outputs_that_go_past_the_cache_are_the_same(dtype):
             y = bias_act(x, tensors["bias"], activation="gelu")
         results.append({"y": y.detach(), "dx": torch.autograd.grad(y, x, dy[rows])[0]})
     assert_equal({name: t[1000:1500] for name, t in results[0].items()}, results[1])
-
-
-@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
-def test_every_instruction_set(isa):
-    if isa not in lesser_isas():
-        pytest.skip(f"{isa} is what the other tests ran with, or this processor has no such instructions")
-    chosen = "(each_option or philoxs or far_below or past_the_cache) and not (reference- or triton or emulated)"
-    run_tests_with_isa(isa, __file__, "-k", chosen)
 
 
 def test_float64_is_for_the_reference_alone():

@@ -14,9 +14,7 @@ from tests.inputs import (
     Case,
     case_id,
     dtype_id,
-    lesser_isas,
     normal,
-    run_tests_with_isa,
     running_on,
     threads,
 )
@@ -62,6 +60,7 @@ def test_matches_the_reference(backend, case, dtype, device):
     assert got["out"].dtype == torch.float32 and got["dlogits"].dtype == dtype
 
 
+@pytest.mark.every_isa
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("dtype", FLOATS, ids=dtype_id)
@@ -89,6 +88,7 @@ def test_rows_with_one_word_far_above_the_others(backend, std, device):
     assert_backend_matches(cross_entropy, backend, tensors, label_smoothing=0.1, reduction="none")
 
 
+@pytest.mark.every_isa
 @pytest.mark.parametrize("order", ["rising", "falling"])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_the_maximum_may_move_with_every_chunk(backend, order, device):
@@ -190,6 +190,7 @@ def test_the_same_bits_on_any_number_of_threads(dtype):
         assert_equal(run_with_gradients(cross_entropy, tensors, label_smoothing=0.1, reduction="none"), alone)
 
 
+@pytest.mark.every_isa
 @pytest.mark.parametrize("dtype", FLOATS, ids=dtype_id)
 def test_gradients_that_go_past_the_cache_are_the_same(dtype):
     # 4 MiB and more are stored past the cache (csrc/common/stream.h), the rows of a part of them are not
@@ -201,14 +202,6 @@ def test_gradients_that_go_past_the_cache_are_the_same(dtype):
             losses = cross_entropy(logits, tensors["targets"][rows], label_smoothing=0.1, reduction="none")
         results.append(torch.autograd.grad(losses, logits, upstream[rows])[0])
     assert_equal(results[0][500:520], results[1])
-
-
-@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
-def test_every_instruction_set(isa):
-    if isa not in lesser_isas():
-        pytest.skip(f"{isa} is what the other tests ran with, or this processor has no such instructions")
-    chosen = "(each_option or maximum or past_the_cache) and not (reference- or triton or emulated)"
-    run_tests_with_isa(isa, __file__, "-k", chosen)
 
 
 def test_float64_is_for_the_reference_alone():

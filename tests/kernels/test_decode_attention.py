@@ -14,9 +14,7 @@ from tests.inputs import (
     as_strided,
     case_id,
     dtype_id,
-    lesser_isas,
     normal,
-    run_tests_with_isa,
     running_on,
 )
 from tests.kernels.decode_attention_cases import BACKENDS, SHAPES, assert_right, build, gathered, run
@@ -25,6 +23,7 @@ from tests.oracle import assert_equal, assert_matches, in_float64
 every_backend = pytest.mark.parametrize("backend", BACKENDS)
 
 
+@pytest.mark.every_isa
 @pytest.mark.parametrize("dtype", FLOATS, ids=dtype_id)
 @pytest.mark.parametrize("case", SHAPES, ids=case_id)
 @every_backend
@@ -33,6 +32,7 @@ def test_matches_the_reference(backend, case, dtype, device):
     assert_right(backend, tensors, **options)
 
 
+@pytest.mark.every_isa
 @pytest.mark.parametrize("width", [1, 2, 3, 7, 8, 15, 17, 31, 32, 40, 63, 65, 80, 100, 127, 128, 129, 160, 192, 255])
 @every_backend
 def test_any_width(backend, width, device):
@@ -58,6 +58,7 @@ def test_agrees_with_attention(backend, causal, dtype, device):
         assert_matches(got, full(**in_float64(tensors)), full(**tensors))
 
 
+@pytest.mark.every_isa
 @pytest.mark.parametrize("integers", [torch.int32, torch.int64], ids=["int32", "int64"])
 @pytest.mark.parametrize("case", [case for case in SHAPES if "rows" in case], ids=case_id)
 @every_backend
@@ -116,6 +117,7 @@ def test_queries_of_any_strides(backend, layout, device):
     assert_right(backend, tensors, **options)
 
 
+@pytest.mark.every_isa
 @pytest.mark.parametrize("layout", ["strided", "offset", "positions_first", "expanded", "both_in_one", "slice"])
 @pytest.mark.parametrize("rows", [None, "table"], ids=["own_rows", "table"])
 @every_backend
@@ -177,8 +179,3 @@ def test_out_lies_in_memory_as_q_does(backend, device):
     tensors["q"] = tensors["q"].transpose(1, 2).contiguous().transpose(1, 2)
     out, _ = assert_right(backend, tensors, **options)
     assert out.transpose(1, 2).is_contiguous()
-
-
-@pytest.mark.parametrize("isa", lesser_isas())
-def test_every_instruction_set(isa):
-    run_tests_with_isa(isa, __file__, "-k", "cpu-cpu and (matches_the_reference or any_width or gathered or caches)")

@@ -8,11 +8,13 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from fused_transformer.kernels import _native, use_backend
+from fused_transformer.kernels import use_backend
 from fused_transformer.kernels.decoder_step import Memory, Norm, PackedDecoder, PackedLayer, decoder_step, memory_of
 from fused_transformer.kernels.linear import PackedLinear
-from tests.inputs import lesser_isas, normal, run_tests_with_isa, running_on, threads
+from tests.inputs import normal, running_on, threads
 from tests.oracle import assert_equal
+
+pytestmark = pytest.mark.every_isa
 
 HEADS, DEPTH, ROOM, SOURCES, LONGEST = 3, 2, 9, 4, 7
 
@@ -204,15 +206,6 @@ def test_without_the_extension_the_reference_serves(monkeypatch):
     torch.testing.assert_close(decoder_step(**arguments, decoder=decoder), want, atol=2e-5, rtol=2e-5)
     with use_backend("cpu"), pytest.raises(NotImplementedError, match="packed without the compiled extension"):
         decoder_step(**arguments, decoder=decoder)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("isa", ["baseline", "avx2"])
-def test_every_instruction_set(isa):
-    _native.library()
-    if isa not in lesser_isas():
-        pytest.skip(f"this run is of {isa} or below")
-    run_tests_with_isa(isa, __file__, "-k", "not instruction_set")
 
 
 @pytest.mark.parametrize("packed", [True, False])

@@ -15,9 +15,7 @@ from tests.inputs import (
     Case,
     case_id,
     dtype_id,
-    lesser_isas,
     normal,
-    run_tests_with_isa,
     running_on,
     threads,
 )
@@ -81,6 +79,7 @@ def make(case: Case, dtype=torch.float32, device="cpu"):
     return {"tokens": tokens, "table": table}, options
 
 
+@pytest.mark.every_isa
 @pytest.mark.parametrize("dtype", FLOATS, ids=dtype_id)
 @pytest.mark.parametrize("case", CASES, ids=case_id)
 @pytest.mark.parametrize("backend", op.order)
@@ -98,11 +97,6 @@ def test_any_strides(backend, layout, device):
     if layout == "expanded":
         tensors["tokens"] = tensors["tokens"][:1].expand_as(tensors["tokens"])
     assert_backend_matches(embedding, backend, tensors, **options)
-
-
-@pytest.mark.parametrize("isa", lesser_isas())
-def test_matches_under_each_instruction_set(isa):
-    run_tests_with_isa(isa, __file__, "-k", "test_matches_the_reference and cpu-cpu")
 
 
 def test_the_cpu_kernel_takes_all_it_should():

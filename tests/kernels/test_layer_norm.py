@@ -22,9 +22,7 @@ from tests.inputs import (
     Case,
     case_id,
     dtype_id,
-    lesser_isas,
     normal,
-    run_tests_with_isa,
     running_on,
     threads,
 )
@@ -45,8 +43,8 @@ BACKENDS = op.order
 EDGES = (
     *ROW_CASES,
     Case("three_columns", rows=4, cols=3, mean=0.0),
-    Case("held_row", rows=2, cols=8192, mean=0.0),  # the longest the CPU kernel keeps on the stack
-    Case("above_a_held_row", rows=2, cols=8193, mean=0.0),
+    Case("held_row", rows=2, cols=16_384, mean=0.0),  # the longest the CPU kernel keeps on the stack
+    Case("above_a_held_row", rows=2, cols=16_385, mean=0.0),
     Case("warp_row", rows=9, cols=1024, mean=0.0),  # the longest that one CUDA warp takes
     Case("above_a_warp_row", rows=9, cols=1025, mean=0.0),
     Case("few_rows_a_part", rows=50, cols=40, mean=0.0),
@@ -76,6 +74,7 @@ def new_seed(device="cpu"):
     return torch.tensor([-(2**40) - 4711], device=device)
 
 
+@pytest.mark.every_isa
 @pytest.mark.parametrize("dtype", FLOATS, ids=dtype_id)
 @pytest.mark.parametrize("case", EDGES, ids=case_id)
 @pytest.mark.parametrize("function", FUNCTIONS)
@@ -99,6 +98,17 @@ def test_very_wide_rows_far_from_zero(backend, device):
     assert_backend_matches(add_layer_norm_with_total, backend, tensors)
 
 
+@pytest.mark.every_isa
+@pytest.mark.parametrize("cols", [16_384, 20_483])
+@pytest.mark.parametrize("dtype", FLOATS, ids=dtype_id)
+def test_dropout_in_rows_that_the_cpu_kernel_sums_in_stretches(cols, dtype):
+    tensors = make(add_layer_norm_with_total, 2, cols, dtype)
+    got = assert_backend_matches(add_layer_norm_with_total, "cpu", tensors, dropout_p=0.3, seed=new_seed())
+    alone = assert_backend_matches(add_layer_norm, "cpu", tensors, dropout_p=0.3, seed=new_seed())
+    assert_equal(alone["out"], got["out"])
+
+
+@pytest.mark.every_isa
 @pytest.mark.parametrize("absent", [(), ("weight",), ("bias",), ("weight", "bias"), ("x_bias",)], ids="-".join)
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
 @pytest.mark.parametrize("dtype", FLOATS, ids=dtype_id)
@@ -110,6 +120,7 @@ def test_each_option_present_and_absent(backend, dtype, dropout_p, absent, devic
         assert_backend_matches(function, backend, tensors, dropout_p=dropout_p, seed=seed)
 
 
+@pytest.mark.every_isa
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=dtype_id)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_parameters_may_be_float32_beside_sixteen_bit_data(backend, dtype, device):
@@ -123,6 +134,7 @@ def test_parameters_may_be_float32_beside_sixteen_bit_data(backend, dtype, devic
         assert_backend_matches(add_layer_norm, backend, tensors)
 
 
+@pytest.mark.every_isa
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", FLOATS, ids=dtype_id)
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -187,6 +199,7 @@ def test_the_same_call_twice_is_bitwise_equal(backend, dtype, device):
     assert_equal(first, second)
 
 
+@pytest.mark.every_isa
 @pytest.mark.parametrize("shape", [(1000, 96), (5, 20_000)])
 def test_the_number_of_threads_changes_no_bit(shape):
     tensors = make(add_layer_norm_with_total, *shape, torch.float32)
@@ -211,6 +224,7 @@ def test_a_row_does_not_depend_on_the_others(backend, dtype, cols, device):
         assert_equal(alone_total, together["out1"][:3])
 
 
+@pytest.mark.every_isa
 @pytest.mark.parametrize("dtype", FLOATS, ids=dtype_id)
 def test_outputs_that_go_past_the_cache_are_the_same(dtype):
     # 4 MiB and more are stored past the cache (csrc/common/stream.h), the rows of a part of it are not
@@ -225,14 +239,6 @@ def test_outputs_that_go_past_the_cache_are_the_same(dtype):
         gradient = torch.autograd.grad(outputs, leaves["x"], (dy[rows], dtotal[rows]))
         results.append({"y": outputs[0].detach(), "total": outputs[1].detach(), "dx": gradient[0]})
     assert_equal({name: t[1000:1500] for name, t in results[0].items()}, results[1])
-
-
-@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
-def test_every_instruction_set(isa):
-    if isa not in lesser_isas():
-        pytest.skip(f"{isa} is what the other tests ran with, or this processor has no such instructions")
-    chosen = "matches_the_reference or option or parameters_may or strides or threads or past_the_cache"
-    run_tests_with_isa(isa, __file__, "-k", f"({chosen}) and not (reference- or triton or emulated)")
 
 
 def test_float64_is_for_the_reference_alone():

@@ -10,8 +10,10 @@ import torch.nn.functional as F
 
 from fused_transformer.kernels import _native, use_backend
 from fused_transformer.kernels.linear import WEIGHTS, PackedLinear, linear, op
-from tests.inputs import LAYOUTS, Case, case_id, lesser_isas, normal, run_tests_with_isa, running_on, threads
+from tests.inputs import LAYOUTS, Case, case_id, normal, running_on, threads
 from tests.oracle import assert_equal, assert_matches
+
+pytestmark = pytest.mark.every_isa
 
 every_backend = pytest.mark.parametrize("backend", op.order)
 ACTIVATIONS = {"none": lambda y: y, "relu": F.relu, "gelu": F.gelu, "silu": F.silu}
@@ -260,12 +262,3 @@ def test_rows_next_to_zero_have_no_level_but_zero(size):
     assert (layer.matrix()[1] - row).abs().max() <= 1 / 127
     y = linear(torch.stack([row * size, row]), layer)
     assert (y[0].abs() <= 1.5 * size).all() and y[1, 0].abs() <= 1.5 * size and abs(y[1, 1] - 1.3125) < 0.02
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("isa", ["baseline", "avx2"])
-def test_every_instruction_set(isa):
-    cpu_backend()
-    if isa not in lesser_isas():
-        pytest.skip(f"this run is of {isa} or below")
-    run_tests_with_isa(isa, __file__, "-k", "not instruction_set")

@@ -8,8 +8,10 @@ import torch
 from fused_transformer.kernels import _native, use_backend
 from fused_transformer.kernels.linear import PackedLinear, linear
 from fused_transformer.kernels.linear_argmax import ScreenedLinear, linear_argmax, op
-from tests.inputs import LAYOUTS, Case, case_id, lesser_isas, normal, run_tests_with_isa, running_on, threads
+from tests.inputs import LAYOUTS, Case, case_id, normal, running_on, threads
 from tests.oracle import assert_equal
+
+pytestmark = pytest.mark.every_isa
 
 every_backend = pytest.mark.parametrize("backend", op.order)
 
@@ -259,11 +261,3 @@ def test_without_the_extension_the_reference_serves(monkeypatch):
     assert_found(torch.randn(3, 40), layer)
     with use_backend("cpu"), pytest.raises(NotImplementedError, match="packed without the compiled extension"):
         linear_argmax(torch.randn(3, 40), layer)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("isa", ["baseline", "avx2"])
-def test_every_instruction_set(isa):
-    if isa not in lesser_isas():
-        pytest.skip(f"this run is of {isa} or below")
-    run_tests_with_isa(isa, __file__, "-k", "not instruction_set")

@@ -14,9 +14,7 @@ from tests.inputs import (
     as_offset,
     case_id,
     dtype_id,
-    lesser_isas,
     normal,
-    run_tests_with_isa,
     running_on,
     threads,
 )
@@ -79,6 +77,7 @@ def assert_right(backend, logits, k, *, beams=1, addend=None):
     return values, places
 
 
+@pytest.mark.every_isa
 @pytest.mark.parametrize("dtype", FLOATS, ids=dtype_id)
 @pytest.mark.parametrize("case", CASES, ids=case_id)
 @every_backend
@@ -88,6 +87,7 @@ def test_matches_torch(backend, case, dtype, device):
     assert_right(backend, logits, case["k"], beams=case["beams"])
 
 
+@pytest.mark.every_isa
 @pytest.mark.parametrize("dtype", FLOATS, ids=dtype_id)
 @every_backend
 def test_within_a_row_the_order_is_that_of_the_logits(backend, dtype, device):
@@ -97,6 +97,7 @@ def test_within_a_row_the_order_is_that_of_the_logits(backend, dtype, device):
     assert_equal(places, logits.sort(dim=1, descending=True, stable=True).indices[:, :64])
 
 
+@pytest.mark.every_isa
 @pytest.mark.parametrize("levels", [1, 2, 5])
 @every_backend
 def test_ties_go_to_the_lower_place(backend, levels, device):
@@ -109,6 +110,7 @@ def test_ties_go_to_the_lower_place(backend, levels, device):
     assert_equal(places[0], expected)
 
 
+@pytest.mark.every_isa
 @pytest.mark.parametrize("order", ["rising", "falling", "equal"])
 @every_backend
 def test_sorted_rows(backend, order, device):
@@ -119,6 +121,7 @@ def test_sorted_rows(backend, order, device):
     assert_equal(places[0], logits.flatten().sort(descending=True, stable=True).indices[:40])
 
 
+@pytest.mark.every_isa
 @pytest.mark.parametrize("mean", [-3000.0, 1000.0, 1e30])
 @every_backend
 def test_logits_far_from_zero(backend, mean, device):
@@ -126,11 +129,13 @@ def test_logits_far_from_zero(backend, mean, device):
     assert_right(backend, logits, 8, beams=3, addend=normal(6, device=device))
 
 
+@pytest.mark.every_isa
 @every_backend
 def test_one_token_far_above_the_others(backend, device):
     assert_right(backend, normal(6, 333, device=device, std=1e4), 8, beams=3, addend=normal(6, device=device))
 
 
+@pytest.mark.every_isa
 @pytest.mark.parametrize("layout", LAYOUTS)
 @every_backend
 def test_logits_of_any_strides(backend, layout, device):
@@ -138,6 +143,7 @@ def test_logits_of_any_strides(backend, layout, device):
     assert_right(backend, logits, 8, beams=4, addend=as_offset(normal(8, device=device)))
 
 
+@pytest.mark.every_isa
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float64], ids=dtype_id)
 @every_backend
 def test_an_addend_of_another_dtype(backend, dtype, device):
@@ -149,6 +155,7 @@ def test_an_addend_of_another_dtype(backend, dtype, device):
 # ---------------------------------------------------------------- infinities and NaN
 
 
+@pytest.mark.every_isa
 @every_backend
 def test_minus_infinity_is_chosen_last(backend, device):
     logits = normal(2, 40, device=device)
@@ -158,6 +165,7 @@ def test_minus_infinity_is_chosen_last(backend, device):
     assert places[0, 28:].tolist() == [1, 2, 4, 5, 7]
 
 
+@pytest.mark.every_isa
 @every_backend
 def test_a_beam_without_a_possible_token_is_chosen_last(backend, device):
     logits = normal(6, 5, device=device)
@@ -169,6 +177,7 @@ def test_a_beam_without_a_possible_token_is_chosen_last(backend, device):
     assert_equal((values[1:], places[1:]), expected)
 
 
+@pytest.mark.every_isa
 @every_backend
 def test_a_beam_of_addend_minus_infinity_is_chosen_last(backend, device):
     """The first step of beam search: one hypothesis, and the other beams are copies of it that don't count."""
@@ -179,6 +188,7 @@ def test_a_beam_of_addend_minus_infinity_is_chosen_last(backend, device):
     assert_equal(places[0, 6:] - 6, logits[1].sort(descending=True, stable=True).indices[:2])
 
 
+@pytest.mark.every_isa
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 @pytest.mark.parametrize("where", ["first", "last", "all", "addend"])
 @pytest.mark.parametrize("dtype", FLOATS, ids=dtype_id)
@@ -201,6 +211,7 @@ def test_nan_and_plus_infinity_leave_nothing_to_choose_in_their_sentence(backend
 # ---------------------------------------------------------------- determinism
 
 
+@pytest.mark.every_isa
 @every_backend
 def test_the_same_bits_again_on_any_number_of_threads_and_alone(backend, device):
     if backend == "reference" and device != "cpu":
@@ -275,8 +286,3 @@ def test_compiled_equals_eager(backend):
 
     with running_on(backend):
         assert_equal(torch.compile(function, backend="eager")(logits, addend), function(logits, addend))
-
-
-@pytest.mark.parametrize("isa", lesser_isas())
-def test_every_instruction_set(isa):
-    run_tests_with_isa(isa, __file__, "-k", "cpu-cpu")  # the device, and the backend

@@ -15,8 +15,10 @@ from fused_transformer import MultiheadAttention
 from fused_transformer.feed_forward import FeedForward
 from fused_transformer.kernels import _native, matmul, use_backend
 from fused_transformer.products import applied, linear
-from tests.inputs import FLOATS, dtype_id, lesser_isas, normal, run_tests_with_isa
+from tests.inputs import FLOATS, dtype_id, normal
 from tests.oracle import assert_equal, assert_matches
+
+pytestmark = pytest.mark.every_isa
 
 SIZES = [
     (1, 1, 1),
@@ -283,11 +285,10 @@ def test_float32_of_few_rows_and_many_weights_alone(monkeypatch):
 def test_in_16_bits_onednn_is_asked(supported, monkeypatch):
     if _native.library().isa() == "baseline":
         pytest.skip("ours is for processors with AVX2")
-    monkeypatch.setattr(matmul, "SETTING", "")
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: supported)
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_fp16_supported", lambda: not supported)
-    assert (torch.bfloat16 in matmul._quicker()) == (not supported)
-    assert (torch.float16 in matmul._quicker()) == supported
+    assert (torch.bfloat16 in matmul._quicker("")) == (not supported)
+    assert (torch.float16 in matmul._quicker("")) == supported
 
 
 def test_a_module_that_somebody_changed_is_called():
@@ -324,17 +325,13 @@ def test_compiled_modules_do_not_see_it():
         torch.testing.assert_close(compiled(x), module(x))
 
 
-@pytest.mark.parametrize("setting, expected", [("own", "3"), ("torch", "0"), ("mkl", "must be own or torch")])
+@pytest.mark.parametrize(("setting", "expected"), [("own", 3), ("torch", 0)])
 def test_the_setting_overrules_the_processor(setting, expected):
-    program = "from fused_transformer.kernels import matmul; print(len(matmul.QUICKER))"
-    environment = {"FUSED_TRANSFORMER_MATMUL": setting}
-    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False)
-    assert done.stdout.strip() == expected if setting != "mkl" else expected in done.stderr
+    assert len(matmul._quicker(setting)) == expected
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("isa", ["baseline", "avx2"])
-def test_every_instruction_set(isa):
-    if isa not in lesser_isas():
-        pytest.skip(f"this run is of {isa} or below")
-    run_tests_with_isa(isa, __file__, "-k", "not instruction_set")
+def test_a_setting_that_says_nothing_is_an_error_at_the_import():
+    environment = {"FUSED_TRANSFORMER_MATMUL": "mkl"}
+    command = [sys.executable, "-c", "import fused_transformer.kernels.matmul"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert "FUSED_TRANSFORMER_MATMUL must be own or torch, got mkl" in done.stderr

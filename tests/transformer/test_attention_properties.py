@@ -203,6 +203,7 @@ def in_torch(module: MultiheadAttention, call: Call) -> dict[str, Tensor]:
     return with_gradients(theirs, call, torch.float64, attend)
 
 
+@pytest.mark.slow
 @SETTINGS
 @given(st.data())
 def test_any_module_and_call_gives_the_formulas_result(data):

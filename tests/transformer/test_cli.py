@@ -156,6 +156,7 @@ def test_a_resumed_training_equals_the_uninterrupted_one(tmp_path, capsys):
     assert state["trainer"] == resumed_state["trainer"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_ctrl_c_saves_a_checkpoint_that_resumes(tmp_path, number):
     source, target = write_parallel(tmp_path, 60)
@@ -264,6 +265,7 @@ def test_a_checkpoint_from_before_a_setting_existed_has_its_default():
         chosen(arguments, saved)
 
 
+@pytest.mark.slow
 def test_two_processes_train_and_one_goes_on(tmp_path):
     """As torchrun starts them; the files are those of one process, up to rounding."""
     source, target = write_parallel(tmp_path, 60)

@@ -66,6 +66,7 @@ def test_a_pipe_gets_a_line_for_a_line_and_nothing_else(model):
     assert len(lines) == 44 and lines[40:42] == [b"", b""] and lines[42] and not lines[43]
 
 
+@pytest.mark.slow
 def test_what_came_before_broken_text_is_translated(model):
     whole = run(model, TEXT)[1]
     status, out, err = run(model, TEXT + b"\xff\xfe\nun\n")
@@ -124,6 +125,7 @@ def heeding_ctrl_c():
     signal.signal(signal.SIGINT, before)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("heeding_ctrl_c")
 @pytest.mark.parametrize("to_file", [False, True], ids=["pipe", "file"])
 def test_ctrl_c_leaves_complete_lines_only(model, tmp_path, to_file):

@@ -124,6 +124,7 @@ def test_padding_changes_nothing_at_real_tokens():
     assert_equal(compiled(model)(SOURCE, TARGET)[real], model(SOURCE, TARGET)[real])
 
 
+@pytest.mark.slow
 def test_other_batches_and_lengths_compile_nothing_new():
     model, attention_module = shallow(dropout=0.1), attention()()
 

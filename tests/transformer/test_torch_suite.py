@@ -206,6 +206,7 @@ def test_gradients_are_numerical_ones(samples):
             assert torch.autograd.gradcheck(call, leaves, fast_mode=True)
 
 
+@pytest.mark.parametrize("samples", [torch.float32], ids=["float32"], indirect=True)
 @pytest.mark.parametrize("way", ["pickle", "torch.save", "deepcopy"])
 def test_copies_give_the_same(samples, way):
     def copied(module):
