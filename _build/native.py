@@ -237,7 +237,8 @@ class BuildNative(build_ext):
         output.parent.mkdir(parents=True, exist_ok=True)
         # A new file, not the old one rewritten: a process that has the old one loaded keeps it.
         part = output.with_name(f"{output.name}.{os.getpid()}.part")
-        if subprocess.run([*command, "-Wl,--exclude-libs,ALL", "-o", str(part)], check=False).returncode:
+        command += [f"-Wl,--version-script={ROOT / '_build' / 'exports.map'}", "-o", str(part)]
+        if subprocess.run(command, check=False).returncode:
             part.unlink(missing_ok=True)
             raise LinkError(f"{output.name} did not link")
         self._try_import(part)

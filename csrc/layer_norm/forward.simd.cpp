@@ -11,8 +11,8 @@
 namespace fused::cpu::FT_ISA {
 namespace {
 
-constexpr int64_t kHeld = 16384;         // the longest row whose total is kept on the stack: 64 KiB
-constexpr int64_t kStretch = 4096;       // of a longer one this much is made at a time: 16 KiB, in the first-level cache
+constexpr int64_t kHeld = 16384;    // the longest row whose total is kept on the stack: 64 KiB
+constexpr int64_t kStretch = 4096;  // of a longer one this much is made at a time: 16 KiB, in the first-level cache
 constexpr int64_t kTaskElements = 8192;  // rows that one thread takes at a time hold about this much
 
 // What a row's total is the sum of.
