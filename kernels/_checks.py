@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from fused_transformer.kernels.memory import empty_result_like
 
@@ -20,6 +21,13 @@ def require(condition: bool, message: str) -> None:
     """ValueError with `message` unless `condition` holds."""
     if not condition:
         raise ValueError(message)
+
+
+def require_tensors(**tensors: Tensor | None) -> None:
+    """Each that is given is a torch.Tensor, which a list of lengths is not."""
+    for name, x in tensors.items():
+        if x is not None and not isinstance(x, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
 
 
 def require_float(**tensors: Tensor | None) -> None:
@@ -48,6 +56,20 @@ def require_shape(name: str, x: Tensor | None, shape: tuple[int, ...]) -> None:
         raise ValueError(f"{name} must have shape {shape}, got {tuple(x.shape)}")
 
 
+def require_no_gradient(op: str, instead: str = "", **tensors: Tensor | None) -> None:
+    """`op` has none, backward or forward: ValueError where one of the tensors asks for it."""
+    backward, forward = torch.is_grad_enabled(), forward_ad._current_level >= 0
+    if not (backward or forward):
+        return
+    for name, x in tensors.items():
+        if not isinstance(x, Tensor):
+            continue  # None, or the op says so in its own words
+        if backward and x.requires_grad:
+            raise ValueError(f"{op} has no gradient, and {name} requires one: use torch.no_grad(){instead}")
+        if forward and forward_ad.unpack_dual(x).tangent is not None:
+            raise ValueError(f"{op} has no forward-mode derivative, and {name} has a tangent")
+
+
 def require_dropout(dropout_p: float, seed: Tensor | None, device: torch.device) -> None:
     """dropout_p is a probability, and the seed one int64 number on the tensors' device."""
     if not 0.0 <= dropout_p <= 1.0:
@@ -72,8 +94,7 @@ def rows_for_packed(op: str, name: str, x: Tensor, columns: int) -> Tensor:
         raise ValueError(f"{name} must be float32, got {x.dtype}")
     if not x.is_cpu:
         raise ValueError(f"{name} must be on the CPU, where the packed weights are, got {x.device}")
-    if x.requires_grad and torch.is_grad_enabled():
-        raise ValueError(f"{op} has no gradient, and {name} requires one: use torch.no_grad()")
+    require_no_gradient(op, **{name: x})
     return dense_last(x if len(shape) == 2 else x.reshape(-1, columns))
 
 

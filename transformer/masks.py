@@ -189,8 +189,11 @@ def real_lengths(tokens: Tensor, padding_idx: int) -> Tensor:
     """(B,) int64: the tokens of each row of (B, L) that are not padding.
 
     Raises:
-        ValueError: padding ahead of a token (looked for on the CPU only: a GPU would have to be waited for).
+        ValueError: tokens are not 2-D; or padding ahead of a token (looked for on the CPU only: a GPU would have to be
+            waited for).
     """
+    if tokens.dim() != 2:
+        raise ValueError(f"tokens must have shape (B, L), got {tuple(tokens.shape)}")
     real = tokens != padding_idx
     lengths = real.sum(-1)
     if may_look(tokens):

@@ -152,7 +152,12 @@ class Transformer(nn.Module):
             source_lengths: (B,) integers; None: counted from the padding.
             target_lengths: (B,) integers; never needed (no position sees later ones), but spares work. None: counted
                 from the padding where the tokens are on the CPU.
+
+        Raises:
+            ValueError: tokens are not 2-D, differ in their batch, or have padding ahead of a token.
         """
+        _require_rows("source_tokens", source_tokens)
+        _require_rows("target_tokens", target_tokens)
         if source_lengths is None:
             source_lengths = self.lengths(source_tokens)
         if target_lengths is None:
@@ -170,6 +175,7 @@ class Transformer(nn.Module):
 
     def encode(self, source_tokens: Tensor, source_lengths: Tensor | None = None) -> Tensor:
         """Memory (B, S, E) of source_tokens (B, S). Rows of padding hold numbers without meaning."""
+        _require_rows("source_tokens", source_tokens)
         if source_lengths is None:
             source_lengths = self.lengths(source_tokens)
         return self.encoder(self.source_embedding(source_tokens), source_lengths)
@@ -188,6 +194,9 @@ class Transformer(nn.Module):
             memory_lengths: (B,) integers, the source's lengths; None: all of memory is real.
             target_lengths: (B,) integers; see `forward`.
         """
+        _require_rows("target_tokens", target_tokens)
+        if len(memory) != len(target_tokens):
+            raise ValueError(f"source and target must have one batch size, got {len(memory)} and {len(target_tokens)}")
         return self.decoder(self._embed_target(target_tokens), memory, target_lengths, memory_lengths)
 
     @torch.no_grad()
@@ -239,6 +248,11 @@ class Transformer(nn.Module):
 
     def _embed_target(self, tokens: Tensor, start: int | Tensor = 0) -> Tensor:
         return self._target_table()(tokens, start=start)
+
+
+def _require_rows(name: str, tokens: Tensor) -> None:
+    if tokens.dim() != 2:
+        raise ValueError(f"{name} must have shape (B, L), got {tuple(tokens.shape)}")
 
 
 def _layer_options(config: TransformerConfig) -> dict:

@@ -30,7 +30,7 @@ class _Weights(torch.autograd.Function):
     def forward(ctx, q, k, bias, lse, mask: Mask, scale: float, dropout_p: float, seed):
         backend = op.pick(q, k, k, mask, scale, dropout_p, seed)
         weights = backend.weights(q, k, lse, mask, scale, dropout_p, seed)
-        ctx.save_for_backward(q, k, bias, lse, seed)
+        ctx.save_for_backward(q, k, bias, lse, seed, mask.keep, mask.k_lengths)  # the last two: so that it is noticed
         ctx.mask, ctx.scale, ctx.dropout_p = mask, scale, dropout_p
         return weights
 
@@ -40,7 +40,7 @@ class _Weights(torch.autograd.Function):
         # The caller already holds (B, H, L, S) numbers, so nothing is lost by plain torch here.
         from fused_transformer.kernels.attention import reference
 
-        q, k, bias, lse, seed = ctx.saved_tensors
+        q, k, bias, lse, seed, *_ = ctx.saved_tensors
         dq, dk, dbias = reference.weights_backward(
             dweights, q, k, lse, ctx.mask, ctx.scale, ctx.dropout_p, seed, bias is not None and ctx.needs_input_grad[2]
         )

@@ -49,25 +49,26 @@ class _Attention(torch.autograd.Function):
             both = out.detach(), lse  # for autograd no view, as the reference's is: nobody could write to it
         out, lse = both
         # the masks too, so that changing one in place before backward is an error
-        ctx.save_for_backward(q, k, v, keep, bias, seed, out, lse)
-        ctx.backend, ctx.others, ctx.mask, ctx.scale, ctx.dropout_p = backend, others, mask, scale, dropout_p
+        ctx.save_for_backward(q, k, v, keep, bias, seed, out, lse, *others[2:])
+        ctx.backend, ctx.seen, ctx.mask, ctx.scale, ctx.dropout_p = backend, others[:2], mask, scale, dropout_p
         ctx.mark_non_differentiable(lse)
         return out, lse
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dout, _dlse):
-        q, k, v, keep, bias, seed, out, lse = ctx.saved_tensors
+        q, k, v, keep, bias, seed, out, lse, *tensors = ctx.saved_tensors
+        others = Others(*ctx.seen, *tensors)
         backend, mask, wants_dbias = ctx.backend, ctx.mask, ctx.needs_input_grad[4]
         gradients = None
         if backend is None and not wants_dbias:
-            arguments = (q, k, v, keep, bias, *ctx.others, ctx.scale, ctx.dropout_p, seed)
+            arguments = (q, k, v, keep, bias, *others, ctx.scale, ctx.dropout_p, seed)
             gradients = _direct_backward(*arguments, dout, out, lse)
         if gradients is not None:
             return *gradients, None, None, None, None, None, None, None
         backend = backend or OPS["attention"].on(q)
         dout, q, k, v, out = (dense_last(x) for x in (dout, q, k, v, out))  # a hook may have packed them otherwise
-        mask = _mask(q, k, keep, bias, ctx.others) if mask is None else mask
+        mask = _mask(q, k, keep, bias, others) if mask is None else mask
         rest = (mask, ctx.scale, ctx.dropout_p, seed, wants_dbias)
         dq, dk, dv, dbias = backend.backward(dout, q, k, v, out, lse, *rest)
         dbias = dbias.reshape(bias.shape) if wants_dbias else None

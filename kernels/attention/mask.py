@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fused_transformer.kernels._checks import FLOATS, has_numbers, require
+from fused_transformer.kernels._checks import FLOATS, has_numbers, require, require_tensors
 
 Causal = Literal[False, "top_left", "bottom_right"]
 
@@ -65,6 +65,7 @@ def make_mask(
     if no_scores and no_lengths and k_offsets is None and type(q) is Tensor:
         return _of_sizes(q.shape[0], q.shape[2], k.shape[2], causal)
     require(causal in (False, "top_left", "bottom_right"), _CAUSAL_HELP.format(causal))
+    require_tensors(keep=keep, bias=bias, k_lengths=k_lengths, q_offsets=q_offsets, k_offsets=k_offsets)
     left, right = (-1, -1) if window is None else window
     require(left >= -1 and right >= -1, f"window must be (left, right), each >= 0 or -1 for no limit, got {window}")
 

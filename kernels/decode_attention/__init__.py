@@ -7,10 +7,11 @@ from torch import Tensor
 
 from fused_transformer.kernels import _cuda
 from fused_transformer.kernels._autocast import SIXTEEN_BITS, in_dtype_of
+from fused_transformer.kernels._checks import require_no_gradient
 from fused_transformer.kernels._compile import routed
 from fused_transformer.kernels._dispatch import Op
 from fused_transformer.kernels.decode_attention import compiled
-from fused_transformer.kernels.decode_attention.checks import check_no_gradient, checked
+from fused_transformer.kernels.decode_attention.checks import checked
 
 
 def _first(q: Tensor, *_rest) -> str | None:
@@ -108,7 +109,7 @@ def decode_attention_with_lse(
 def _decode(q, k_cache, v_cache, lengths, rows, causal, scale, *, wants_lse: bool) -> tuple[Tensor, Tensor | None]:
     if routed(q):
         return compiled.decode_attention(q, k_cache, v_cache, lengths, rows, causal, scale, wants_lse)
-    check_no_gradient(q, k_cache, v_cache)
+    require_no_gradient("decode_attention", ", or attention", q=q, k_cache=k_cache, v_cache=v_cache)
     if torch._C._is_any_autocast_enabled():
         q = in_dtype_of(q, k_cache)
     arguments = (*checked(q, k_cache, v_cache, lengths, rows, causal, scale), wants_lse)

@@ -33,14 +33,6 @@ def checked(q, k_cache, v_cache, lengths, rows, causal, scale) -> tuple:
     return dense_last(q), k_cache, v_cache, lengths, rows, bool(causal), scale
 
 
-def check_no_gradient(q: Tensor, k_cache: Tensor, v_cache: Tensor) -> None:
-    if torch.is_grad_enabled():
-        for name, x in (("q", q), ("k_cache", k_cache), ("v_cache", v_cache)):
-            if isinstance(x, Tensor) and x.requires_grad:
-                why = f"decode_attention has no gradient, and {name} requires one"
-                raise ValueError(f"{why}: use torch.no_grad(), or attention")
-
-
 def _fit(q: Tensor, k_cache: Tensor, v_cache: Tensor) -> bool:
     """Whether there is nothing to say about them: a decoding step asks at every layer, and sentences take time."""
     if not (isinstance(q, Tensor) and isinstance(k_cache, Tensor) and isinstance(v_cache, Tensor)):

@@ -5,14 +5,15 @@ from __future__ import annotations
 import torch
 
 from fused_transformer.kernels._autocast import in_dtype_of
+from fused_transformer.kernels._checks import require_no_gradient
 from fused_transformer.kernels._compile import absent, laid_out_like, operator
 from fused_transformer.kernels._dispatch import OPS
-from fused_transformer.kernels.decode_attention.checks import check_no_gradient, checked
+from fused_transformer.kernels.decode_attention.checks import checked
 
 
 def decode_attention(q, k_cache, v_cache, lengths, rows, causal, scale, wants_lse):
     """`_decode` as one node."""
-    check_no_gradient(q, k_cache, v_cache)
+    require_no_gradient("decode_attention", ", or attention", q=q, k_cache=k_cache, v_cache=v_cache)
     q = in_dtype_of(q, k_cache)
     out, lse = _decode_attention(q, k_cache, v_cache, lengths, rows, causal, scale, wants_lse)
     return out, lse if wants_lse else None

@@ -6,6 +6,7 @@ import math
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from fused_transformer.kernels._checks import dense_last, require_dropout
 from fused_transformer.kernels._compile import routed
@@ -58,7 +59,7 @@ def embedding(
     Raises:
         IndexError: a token is outside the vocabulary: the sentence says which, and where. On a GPU, where
             looking would wait for it, "cuda" and "triton" make that token's row NaN instead, and give it no gradient.
-        ValueError: shapes, dtypes or devices do not fit, or a position is negative; the sentence says which.
+        ValueError: shapes, dtypes or devices do not fit, or a position is negative or beyond 2^53; the sentence says which.
         TypeError: tokens or table is no tensor.
         NotImplementedError: a backend was forced that refuses these arguments.
 
@@ -81,7 +82,8 @@ def embedding(
     scale = math.sqrt(table.shape[1]) if scale is None else float(scale)
     rest = (chosen, scale, padding_idx, float(dropout_p))
     table, tokens = dense_last(table), tokens.contiguous()
-    if table.requires_grad and torch.is_grad_enabled():
+    # forward-mode AD: autograd must see the call to refuse it
+    if (table.requires_grad and torch.is_grad_enabled()) or forward_ad._current_level >= 0:
         return differentiated.apply(table, tokens, seed, *rest)
     arguments = (tokens, table, *rest, seed)
     return op.pick(*arguments).forward(*arguments)  # decoding a token, autograd is half the time

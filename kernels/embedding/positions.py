@@ -17,6 +17,7 @@ LAYOUTS = ("interleaved", "concat_t2t", "concat_paper")
 # A table is kept and reused up to this size: 131,072 positions of width 512. Rows beyond are computed when asked for.
 _LARGEST_TABLE_BYTES = 2**28
 _SMALLEST_TABLE_ROWS = 512
+_FARTHEST = 2**53  # up to here float64, in which angles are computed, has every integer
 
 TABLES: dict[tuple[str, int, torch.device], Tensor] = {}
 
@@ -129,6 +130,8 @@ def make_positions(
         raise TypeError(f"start must be an int or an integer tensor, got {type(start).__name__}")
     if start < 0:
         raise ValueError(f"start must not be negative, got {start}")
+    if isinstance(start, int):
+        _require_exact("start", start)
     return Positions(layout, start, None, None, start + length)
 
 
@@ -151,7 +154,12 @@ def _end(name: str, first: Tensor, length: int) -> int | None:
     low, high = (int(x) for x in first.aminmax())
     if low < 0:
         raise ValueError(f"{name} must not be negative, got {low}")
+    _require_exact(name, high)
     return high + length
+
+
+def _require_exact(name: str, position: int) -> None:
+    require(position <= _FARTHEST, f"{name} must be at most 2^53, got {position}")
 
 
 def sinusoidal_positions(
@@ -189,6 +197,7 @@ def sinusoidal_positions(
     """
     for name, number in (("length", length), ("width", width), ("start", start)):
         require(number >= 0, f"{name} must not be negative, got {number}")
+    _require_exact("start", start)
     require(layout in LAYOUTS, f"layout must be one of {', '.join(LAYOUTS)}, got {layout!r}")
     require(dtype in FLOATS, f"dtype must be float32, float16, bfloat16 or float64, got {dtype}")
     return sinusoids(torch.arange(start, start + length, device=device), width, layout).to(dtype)

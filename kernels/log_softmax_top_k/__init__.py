@@ -6,10 +6,11 @@ import torch
 from torch import Tensor
 
 from fused_transformer.kernels import _direct
+from fused_transformer.kernels._checks import require_no_gradient
 from fused_transformer.kernels._compile import routed
 from fused_transformer.kernels._dispatch import Op
 from fused_transformer.kernels.log_softmax_top_k import compiled
-from fused_transformer.kernels.log_softmax_top_k.checks import check_no_gradient, checked
+from fused_transformer.kernels.log_softmax_top_k.checks import checked
 
 op = Op(__name__, order=("cuda", "triton", "cpu", "reference"))
 _direct_call = _direct.call("log_softmax_top_k_direct")
@@ -54,6 +55,6 @@ def log_softmax_top_k(logits: Tensor, k: int, *, beams: int = 1, addend: Tensor 
             return both
     if routed(logits):
         return compiled.log_softmax_top_k(logits, k, beams, addend)
-    check_no_gradient(logits, addend)
+    require_no_gradient("log_softmax_top_k", logits=logits, addend=addend)
     arguments = checked(logits, k, beams, addend)
     return op.pick(*arguments).forward(*arguments)

@@ -25,10 +25,3 @@ def checked(logits, k, beams, addend) -> tuple:
 
 def values_dtype(logits: Tensor) -> torch.dtype:
     return torch.float64 if logits.dtype == torch.float64 else torch.float32
-
-
-def check_no_gradient(logits: Tensor, addend: Tensor | None) -> None:
-    if torch.is_grad_enabled():
-        for name, x in (("logits", logits), ("addend", addend)):
-            if isinstance(x, Tensor) and x.requires_grad:
-                raise ValueError(f"log_softmax_top_k has no gradient, and {name} requires one: use torch.no_grad()")

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import torch
 
+from fused_transformer.kernels._checks import require_no_gradient
 from fused_transformer.kernels._compile import operator
 from fused_transformer.kernels._dispatch import OPS
 from fused_transformer.kernels.log_softmax_top_k import reference
-from fused_transformer.kernels.log_softmax_top_k.checks import check_no_gradient, checked, values_dtype
+from fused_transformer.kernels.log_softmax_top_k.checks import checked, values_dtype
 
 
 def log_softmax_top_k(logits, k, beams, addend):
     """The public function as one node."""
-    check_no_gradient(logits, addend)
+    require_no_gradient("log_softmax_top_k", logits=logits, addend=addend)
     return _log_softmax_top_k(logits, k, beams, addend)
 
 

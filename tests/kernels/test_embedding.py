@@ -242,6 +242,8 @@ TOKENS, TABLE = torch.zeros(2, 3, dtype=torch.long), torch.zeros(5, 4)
         (ValueError, "need positions", {"positions": None, "start": 3}),
         (ValueError, "need positions", {"positions": None, "position_ids": TOKENS}),
         (ValueError, "start must not be negative, got -1", {"start": -1}),
+        (ValueError, r"start must be at most 2\^53", {"start": 2**62}),
+        (ValueError, r"start must be at most 2\^53", {"start": torch.tensor([1, 2**62])}),
         (TypeError, "start must be an int", {"start": 1.5}),
         (ValueError, "start must be int32 or int64", {"start": torch.zeros(2)}),
         (ValueError, r"start must be a number or have shape \(2,\), got \(3,\)", {"start": torch.tensor([1, 2, 3])}),

@@ -239,6 +239,18 @@ def test_lengths_count_what_is_not_padding():
         model.encode(torch.tensor([[3, 4, 2], [0, 4, 2]]))
 
 
+def test_tokens_of_the_wrong_shape_are_named():
+    model = tiny()
+    with pytest.raises(ValueError, match="source and target must have one batch size, got 3 and 2"):
+        model(SOURCE, TARGET[:2])
+    with pytest.raises(ValueError, match=r"source_tokens must have shape \(B, L\)"):
+        model(SOURCE[0], TARGET)
+    with pytest.raises(ValueError, match=r"target_tokens must have shape \(B, L\)"):
+        model(SOURCE, TARGET[0], LENGTHS)
+    with pytest.raises(ValueError, match=r"source_tokens must have shape \(B, L\)"):
+        model.encode(SOURCE[0], LENGTHS)
+
+
 def test_a_source_of_padding_alone_gives_finite_numbers():
     model = tiny()
     source = torch.tensor([[5, 6, 2], [0, 0, 0]])
