@@ -36,6 +36,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     module, _ = COMMANDS[parsed.command]
     try:
         return import_module(f"fused_transformer.{module}").main(parsed.rest) or 0
+    except KeyboardInterrupt:  # while it was imported, which takes seconds
+        print(f"{parsed.command}: interrupted", file=sys.stderr)
+        return 130
     except ModuleNotFoundError as error:
         missing = (error.name or "").partition(".")[0]
         extra = "text" if missing in TEXT_LIBRARIES else "show" if missing in DRAWING_LIBRARIES else None

@@ -19,8 +19,9 @@ class BeamStep(NamedTuple):
     sentences: (b,) int64, their numbers.
     parents: (b, m) int64, which alive hypothesis of the sentence is extended; they are numbered as `kept` lists them.
     tokens: (b, m) int64, by which token.
-    log_probs: (b, m), of all tokens so far; -inf: there is no such extension.
-    scores: (b, m), with the length penalty, of those that ended and may enter the finished list; -inf for all others.
+    log_probs: (b, m) float32, of all tokens so far; -inf: there is no such extension.
+    scores: (b, m) float32, with the length penalty, of those that ended and may enter the finished list; -inf for all
+        others.
     ended: (b, m) bool, the token is eos.
     kept: (b, beam_size) int64, the extensions that live on, the likeliest first.
     """

@@ -19,7 +19,7 @@ from fused_transformer.stepping import RankedStep, Step, check_lengths, next_log
 class _Beams(NamedTuple):
     """n hypotheses of each of b sentences, bos and t tokens each; a score of -inf: there is none."""
 
-    scores: Tensor  # (b, n)
+    scores: Tensor  # (b, n) float64: a sum of hundreds of float32 log-probabilities would lose their last digits
     tokens: Tensor  # (b, n, 1 + t)
     log_probs: Tensor  # (b, n, t), of the tokens
     lengths: Tensor  # (b, n), eos counted
@@ -68,8 +68,9 @@ def _highest(scores: Tensor, n: int) -> tuple[Tensor, Tensor]:
 
 def _start(sentences: Tensor, beams: int, token: int) -> _Beams:
     tokens = torch.full((len(sentences), beams, 1), token, device=sentences.device)
-    scores = torch.full(tokens.shape[:2], NEVER, device=sentences.device)
-    return _Beams(scores, tokens, scores.new_zeros(*scores.shape, 0), torch.zeros_like(tokens[..., 0]))
+    scores = torch.full(tokens.shape[:2], NEVER, device=sentences.device, dtype=torch.float64)
+    log_probs = torch.zeros(*scores.shape, 0, device=sentences.device)
+    return _Beams(scores, tokens, log_probs, torch.zeros_like(tokens[..., 0]))
 
 
 @torch.no_grad()
@@ -133,7 +134,7 @@ def search_beams(
     parents = torch.arange(alive.scores.numel(), device=sentences.device).view(alive.scores.shape)
     # What changes only when a sentence leaves.
     first_rows, rows, limits = parents[:, :1], sentences.repeat_interleave(beam_size), max_lengths
-    limit_penalties = options.penalise(limits)
+    limit_penalties = options.penalise(limits.double())
     rank = step.rank_hypotheses if isinstance(step, RankedStep) else None
     length = 0
     while sentences.numel():
@@ -144,10 +145,13 @@ def search_beams(
         vocabulary = logits.shape[1]
         if vocabulary < 2:
             raise ValueError(f"beam search needs at least 2 tokens to choose from, got {vocabulary}")
-        likeliest, place = log_softmax_top_k(logits, 2 * beam_size, beams=beam_size, addend=alive.scores.flatten())
-        refuse_nan(likeliest)
+        # How far each is behind the likeliest has few digits ahead of the point, and so more behind it than its score.
+        first = alive.scores[:, :1]
+        behind = (alive.scores - first).float()
+        near, place = log_softmax_top_k(logits, 2 * beam_size, beams=beam_size, addend=behind.flatten())
+        refuse_nan(near)
         token, beam = place % vocabulary, place // vocabulary
-        log_prob = likeliest - alive.scores.gather(1, beam)
+        likeliest, log_prob = first + near, near - behind.gather(1, beam)
 
         ended = token == eos_idx
         arriving = ended & (likeliest > NEVER)
@@ -162,7 +166,8 @@ def search_beams(
         scores, chosen = _highest(likeliest.masked_fill(ended, NEVER), beam_size)
         if on_step is not None:
             penalised = (likeliest / options.penalise(length)).masked_fill(~arriving, NEVER)
-            on_step(BeamStep(sentences, beam, token, likeliest, penalised, ended, chosen))
+            told = (sentences, beam, token, likeliest.float(), penalised.float(), ended, chosen)
+            on_step(BeamStep(*(x.clone() for x in told)))  # they may be kept, or written to
         parents = first_rows + beam.gather(1, chosen)
         alive = alive.extend(parents, log_prob.gather(1, chosen), token.gather(1, chosen), scores)
 

@@ -15,6 +15,7 @@ import torch
 from tqdm import tqdm
 
 from fused_transformer.cli_translate_options import FORMATS, parser, search_options
+from fused_transformer.processes import own_device
 from fused_transformer.text import decode_lines
 from fused_transformer.translation import Translator
 
@@ -30,6 +31,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (OSError, ValueError) as error:
         print(f"translate: {error}", file=sys.stderr)
         return 1
+    except (MemoryError, RuntimeError) as error:
+        if not _lacks_memory(error):
+            raise
+        print("translate: not enough memory: try a smaller --batch-tokens or --beam-size", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("translate: interrupted", file=sys.stderr)
         return 130
@@ -39,19 +45,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _translate(options: argparse.Namespace) -> None:
     for name in ("chunk", "threads", "max_tokens"):
         if getattr(options, name) is not None and getattr(options, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} must be positive, got {getattr(options, name)}")
+            option = {"max_tokens": "batch-tokens"}.get(name, name)
+            raise ValueError(f"--{option} must be positive, got {getattr(options, name)}")
     search = search_options(options)
     form = options.format or ("text" if options.top_beams is None and not search.num_samples else "nbest")
     if form == "text" and search.greedy:
         search = replace(search, scores=False)
-    for read in filter(None, (options.input, options.prefixes)):
-        if options.output and os.path.exists(options.output) and os.path.samefile(read, options.output):
-            raise ValueError(f"--output is {read}, which is to be read")
+    _check_files(options)
+    device = own_device(options.device)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    translator = Translator.load(
-        options.model, options.device, weights=options.weights, cuda_graphs=options.cuda_graphs
-    )
+    translator = Translator.load(options.model, device, weights=options.weights, cuda_graphs=options.cuda_graphs)
     typed = options.input is None and sys.stdin.isatty()
     with contextlib.ExitStack() as stack:
         lines = _lines(options.input, options.errors, stack)
@@ -72,6 +76,28 @@ def _translate(options: argparse.Namespace) -> None:
         for number, translations in enumerate(results):
             writer.write("".join(line + "\n" for line in write(number, translations)))
             bar.update()
+
+
+def _lacks_memory(error: Exception) -> bool:
+    # torch's allocator for a CPU has no exception of its own
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
+
+
+def _check_files(options: argparse.Namespace) -> None:
+    """That there is something to read and to write to, and that they are not the same."""
+    if options.input is None and sys.stdin is None:
+        raise ValueError("standard input is closed: give a file with --input")
+    if options.output is None and sys.stdout is None:
+        raise ValueError("standard output is closed: give a file with --output")
+    if not options.output or not os.path.isfile(options.output):
+        return  # a device such as /dev/null is read and written without harm
+    own = os.stat(options.output)
+    for read in filter(None, (options.input, options.prefixes)):
+        if os.path.samestat(os.stat(read), own):
+            raise ValueError(f"--output is {read}, which is to be read")
+    with contextlib.suppress(OSError):  # an input that is no file
+        if options.input is None and os.path.samestat(os.fstat(sys.stdin.fileno()), own):
+            raise ValueError(f"--output is {options.output}, which is read as standard input")
 
 
 def _lines(path: str | None, errors: str, stack: contextlib.ExitStack) -> Iterator[str]:

@@ -30,7 +30,7 @@ def parser() -> argparse.ArgumentParser:
     weights = "how the weights are kept, on a CPU: fewer bits are less to read, and a little less exact"
     parser.add_argument("--weights", choices=WEIGHTS, default="float32", help=weights)
     parser.add_argument("--int8", action="store_const", dest="weights", const="int8", help="--weights int8")
-    graphs = "on a CUDA device a step is captured as a graph, and replayed; not yet run on one"
+    graphs = "on a CUDA device a step is captured as a graph, and replayed"
     parser.add_argument("--cuda-graphs", action="store_true", help=graphs)
     _add_text(parser.add_argument_group("text"))
     _add_search(parser.add_argument_group("search"))

@@ -27,8 +27,8 @@ def constrain(
         eos_idx, padding_idx: the special tokens.
 
     Raises:
-        ValueError: forced has the wrong shape or dtype, or holds eos or padding ahead of a token; and, from the step, a
-            token of forced or suppress_tokens is beyond the vocabulary.
+        ValueError: forced has the wrong shape or dtype, or holds a negative number, eos, or padding ahead of a token;
+            and, from the step, a token of forced or suppress_tokens is beyond the vocabulary.
     """
     if forced is not None:
         _check_forced(forced, eos_idx, padding_idx)
@@ -43,6 +43,8 @@ def _check_forced(forced: Tensor, eos_idx: int, padding_idx: int) -> None:
     if forced.dim() != 2 or forced.dtype != torch.int64:
         raise ValueError(f"a forced prefix must be (B, P) int64, got {tuple(forced.shape)} {forced.dtype}")
     real = forced != padding_idx
+    if (forced < 0).any():
+        raise ValueError(f"a forced prefix holds token numbers, got {int(forced.min())}")
     if (forced == eos_idx).any():
         raise ValueError(f"a forced prefix can't hold eos ({eos_idx}): nothing would follow it")
     if (~real[:, :-1] & real[:, 1:]).any():

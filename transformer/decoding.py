@@ -111,7 +111,7 @@ def _check_source(source_tokens: Tensor) -> None:
         raise ValueError(f"source_tokens must be (B, S), got shape {tuple(source_tokens.shape)}")
 
 
-def _limits(source_lengths: Tensor, options: SearchOptions) -> Tensor:
+def length_limits(source_lengths: Tensor, options: SearchOptions) -> Tensor:
     """(B,) int64: the most tokens of each translation, eos counted, as the options have it."""
     limits = source_lengths.long() + options.max_length_beyond_source
     limits = limits.clamp(min=options.min_length + 1)  # which needs no more than max_length
@@ -159,7 +159,7 @@ def generate(
     if source_lengths is None:
         source_lengths = model.lengths(source_tokens)
     if max_lengths is None:
-        max_lengths = _limits(source_lengths, options)
+        max_lengths = length_limits(source_lengths, options)
     if max_lengths.shape != source_tokens.shape[:1]:
         raise ValueError(f"max_lengths must be ({len(source_tokens)},), got shape {tuple(max_lengths.shape)}")
     check_lengths(max_lengths)

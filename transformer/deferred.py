@@ -70,7 +70,7 @@ class Deferred:
         sentences, positions, log_probs = (torch.cat(parts) for parts in zip(*self._known, strict=True))
         there = found.scores[sentences, 0] > NEVER  # else it ended where there was no way on
         found.log_probs[sentences[there], 0, positions[there]] = log_probs[there]
-        return found._replace(scores=torch.where(found.scores > NEVER, found.log_probs.sum(-1), NEVER))
+        return found._replace(scores=torch.where(found.scores > NEVER, found.log_probs.double().sum(-1).float(), NEVER))
 
     def _pay(self) -> None:
         if not self._owed:

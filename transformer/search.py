@@ -226,7 +226,8 @@ def _follow(
     sentences = torch.arange(max_lengths.numel(), device=max_lengths.device)
     prefixes = torch.full((len(sentences), samples, 1), bos_idx, device=sentences.device)
     log_probs = torch.zeros(len(sentences), samples, 0, device=sentences.device)
-    scores, lengths = log_probs.new_zeros(len(sentences), samples), torch.zeros_like(prefixes[..., 0])
+    scores = log_probs.new_zeros(len(sentences), samples, dtype=torch.float64)  # a sum of hundreds
+    lengths = torch.zeros_like(prefixes[..., 0])
     finished = torch.zeros_like(lengths, dtype=torch.bool)
     ended = finished  # with eos, or where there is no way on
     parents = torch.arange(lengths.numel(), device=lengths.device).view(lengths.shape)

@@ -16,7 +16,7 @@ class RankedStep(Protocol):
     """A step function that wants to know how likely the hypotheses are: on that depends what is asked for next."""
 
     def rank_hypotheses(self, scores: Tensor) -> None:
-        """Ahead of each call in a beam search: log-probabilities (b, beam_size) of its rows."""
+        """Ahead of each call in a beam search: log-probabilities (b, beam_size) float64 of its rows."""
 
 
 def gives_its_logits(step: Step) -> bool:

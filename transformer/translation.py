@@ -13,12 +13,13 @@ from torch import Tensor
 
 from fused_transformer.batches import Ragged, cut_by_tokens
 from fused_transformer.checkpoint import find_checkpoint, load_checkpoint
-from fused_transformer.decoding import generate
+from fused_transformer.decoding import generate, length_limits
 from fused_transformer.graphed import GraphedTransformer
 from fused_transformer.hypotheses import NEVER, Hypotheses, NewTokens
 from fused_transformer.inference import PackedTransformer
 from fused_transformer.maps import AttentionMaps, attention_maps, targets_of
 from fused_transformer.model import Transformer
+from fused_transformer.prefixes import Pair, PrefixTooLong, check_room, pairs_of
 from fused_transformer.search_options import SearchOptions
 from fused_transformer.text_stream import NewText, TextStream
 from fused_transformer.tokenizer import Tokenizer
@@ -26,7 +27,6 @@ from fused_transformer.tokenizer import Tokenizer
 if TYPE_CHECKING:
     from fused_transformer.decoding import Model
 
-Pair = tuple[str, "str | None"]  # a line, and what its translation begins with
 WEIGHTS = ("float32", "bfloat16", "int8")
 
 
@@ -129,9 +129,12 @@ class Translator:
             and with the score -inf where the options forbid every translation.
 
         Raises:
-            ValueError: an option is out of its range, or prefixes and lines differ in number.
+            TypeError: lines or prefixes is a str, whose characters would be lines.
+            ValueError: an option is out of its range, prefixes and lines differ in number, or a prefix is as long as
+                its translation may be (`PrefixTooLong`, which names the line, from 1).
         """
         options = replace(options or SearchOptions(), **changes)
+        _refuse_text(lines=lines, prefixes=prefixes)
         if prefixes is not None and len(prefixes) != len(lines):
             raise ValueError(f"there must be a prefix for each of {len(lines)} lines, got {len(prefixes)}")
         results: list[list[Translation]] = [[Translation("", 0.0)] for _ in lines]
@@ -142,6 +145,8 @@ class Translator:
         config = self.model.config
         source = Ragged([[*t, config.eos_idx] for t in self.tokenizer.encode([lines[i] for i in written])])
         forced = None if prefixes is None else Ragged(self.tokenizer.encode([prefixes[i] for i in written]))
+        if forced is not None:
+            check_room(forced.lengths, length_limits(source.lengths, options), written)
         limit = max(max_tokens, int(source.lengths.max()) if written else 0)
         order = source.lengths.argsort(descending=True, stable=True)  # what needs the most memory comes first
         device = next(self.model.parameters()).device
@@ -182,20 +187,22 @@ class Translator:
         """The translations of each line in turn, of any number of lines: `buffer` of them are in memory at a time.
 
         Args:
-            lines: read as they are needed. What it raises is raised here, behind the translations of what came before.
+            lines: read as they are needed. What it raises is raised here, behind the translations of what came before;
+                so is `PrefixTooLong`.
             options, prefixes, max_tokens, changes: as for `translate`.
             buffer: lines read, sorted by length and translated together.
 
         Raises:
             ValueError: buffer is below 1; while iterating, as `translate`.
         """
+        _refuse_text(lines=lines, prefixes=prefixes)
         if buffer < 1:
             raise ValueError(f"buffer must be at least 1, got {buffer}")
         options = replace(options or SearchOptions(), **changes)
         if prefixes is None:
             pairs: Iterator[Pair] = ((line, None) for line in lines)
         else:
-            pairs = _pairs(lines, prefixes)
+            pairs = pairs_of(lines, prefixes)
         return self._stream(pairs, options, prefixes is not None, buffer, max_tokens)
 
     def _stream(
@@ -206,7 +213,8 @@ class Translator:
         buffer: int,
         max_tokens: int,
     ) -> Iterator[list[Translation]]:
-        failure = None
+        failure: Exception | None = None
+        done = 0
         while failure is None:
             chunk: list[str] = []
             prefixes: list[str] = []
@@ -216,7 +224,12 @@ class Translator:
                     prefixes.append(prefix or "")
             except Exception as error:
                 failure = error
-            yield from self.translate(chunk, options, prefixes=prefixes if forced else None, max_tokens=max_tokens)
+            try:
+                yield from self.translate(chunk, options, prefixes=prefixes if forced else None, max_tokens=max_tokens)
+            except PrefixTooLong as error:
+                failure, before = error.of_line(done + error.line + 1), slice(error.line)
+                yield from self.translate(chunk[before], options, prefixes=prefixes[before], max_tokens=max_tokens)
+            done += len(chunk)
             if failure is None and len(chunk) < buffer:
                 return
         raise failure
@@ -253,17 +266,10 @@ class _TextStreams:
             self.on_text(NewText(self.lines[sentence], self.streams[sentence].finish(), None))
 
 
-def _pairs(lines: Iterable[str], prefixes: Iterable[str]) -> Iterator[Pair]:
-    """Line by line; like zip(strict=True), with a sentence of its own."""
-    others = iter(prefixes)
-    count = 0
-    for count, line in enumerate(lines, 1):
-        prefix = next(others, None)
-        if prefix is None:
-            raise ValueError(f"there must be a prefix for each line, but there are only {count - 1}")
-        yield line, prefix
-    if next(others, None) is not None:
-        raise ValueError(f"there must be a line for each prefix, but there are only {count}")
+def _refuse_text(**arguments: object) -> None:
+    for name, value in arguments.items():
+        if isinstance(value, str):
+            raise TypeError(f"{name} must be lines of text, got one str: [{value[:20]!r}] is one line")
 
 
 def _one_line(text: str) -> str:

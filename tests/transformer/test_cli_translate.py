@@ -15,6 +15,7 @@ import threading
 import time
 
 import pytest
+import torch
 
 from fused_transformer import cli_translate
 from fused_transformer.checkpoint import save_checkpoint
@@ -85,6 +86,55 @@ def test_the_input_is_not_written_over(model, tmp_path, capsys):
     (tmp_path / "out").write_text("un chat\n")
     assert cli_translate.main(["--model", model, "--input", str(tmp_path / "out"), "--output", f"{tmp_path}/out"]) == 1
     assert "which is to be read" in capsys.readouterr().err and (tmp_path / "out").read_text() == "un chat\n"
+
+
+@pytest.mark.parametrize(
+    ("shell", "says"),
+    [
+        ("--output {file} < {file}", "--output is {file}, which is read as standard input"),
+        ("<&-", "standard input is closed: give a file with --input"),
+        ("< {file} >&-", "standard output is closed: give a file with --output"),
+    ],
+)
+def test_what_cannot_be_read_or_written_is_said(model, tmp_path, shell, says):
+    file = tmp_path / "both"
+    file.write_bytes(b"un chat\n")
+    line = " ".join([*command(model), shell.format(file=file)])
+    done = subprocess.run(line, shell=True, capture_output=True, check=False, timeout=120, stdin=subprocess.DEVNULL)
+    assert (done.returncode, done.stderr.decode()) == (1, f"translate: {says.format(file=file)}\n")
+    assert file.read_bytes() == b"un chat\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--device", "cuda:99"], "there is no device 'cuda:99'"),
+        (["--device", "abacus"], "there is no device 'abacus'"),
+        (["--batch-tokens", "0"], "--batch-tokens must be positive, got 0"),
+    ],
+)
+def test_options_out_of_range_are_named(model, tmp_path, capsys, arguments, says):
+    (tmp_path / "in").write_bytes(b"un chat\n")
+    files = ["--input", str(tmp_path / "in"), "--output", str(tmp_path / "out")]
+    assert cli_translate.main(["--model", model, *files, *arguments]) == 1
+    assert capsys.readouterr().err.startswith(f"translate: {says}")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), torch.OutOfMemoryError("of the GPU"), RuntimeError("[enforce fail] can't allocate memory")]
+)
+def test_too_little_memory_is_said(model, tmp_path, capsys, monkeypatch, error):
+    def fail(*_arguments, **_options):
+        raise error
+
+    monkeypatch.setattr(Translator, "translate", fail)
+    status, _ = in_process(model, tmp_path, b"un chat\n")
+    assert status == 1
+    assert capsys.readouterr().err == "translate: not enough memory: try a smaller --batch-tokens or --beam-size\n"
+    error = RuntimeError("something else")
+    with pytest.raises(RuntimeError, match="something else"):
+        in_process(model, tmp_path, b"un chat\n")
 
 
 def test_a_line_typed_gives_a_line_at_once(model):
@@ -248,6 +298,16 @@ def test_a_line_without_its_prefix_ends_the_translation(model, tmp_path, capsys)
     assert "there must be a prefix for each line, but there are only 1" in capsys.readouterr().err
     status, out = in_process(model, tmp_path, b"", "--prefixes", str(tmp_path / "prefixes"))
     assert status == 1 and "there must be a line for each prefix, but there are only 0" in capsys.readouterr().err
+
+
+def test_what_came_before_a_prefix_without_room_is_translated(model, tmp_path, capsys):
+    (tmp_path / "prefixes").write_text("one\n\none dog two dogs red black\none\n", encoding="utf-8")
+    text = b"un\nun chien noir voit deux chats\nun\ndeux\n"
+    for chunk in ("1", "3", "1000"):
+        status, out = in_process(model, tmp_path, text, "--prefixes", str(tmp_path / "prefixes"), "--chunk", chunk)
+        lines = rows_of(out)
+        assert status == 1 and len(lines) == 2 and lines[0].startswith("one") and lines[1]
+        assert "translate: the prefix of line 3 has " in capsys.readouterr().err
 
 
 def test_json_has_everything(model, tmp_path):

@@ -109,6 +109,23 @@ def test_a_sample_depends_on_its_sentence_and_the_seed_alone(model):
     assert len({tuple(tokens) for tokens in together.tolist()[0]}) > 1, "samples of a sentence differ"
 
 
+@pytest.mark.parametrize("beam_size", [1, 4])
+def test_log_probabilities_keep_their_digits_however_low_the_score(beam_size):
+    """A score in the thousands has three digits behind the point; its tokens' log-probabilities have six."""
+    logits = torch.randn(301, 50, 50, generator=torch.Generator().manual_seed(beam_size), dtype=torch.float64) * 4
+    logits[..., 2] = -torch.inf
+
+    def step(prefixes, sentences, parents):
+        return logits[prefixes.shape[1], prefixes[:, -1]].float()
+
+    found = search(step, torch.tensor([300]), SearchOptions(beam_size=beam_size))
+    tokens = found.tokens[0, 0]
+    before = torch.cat([torch.tensor([1]), tokens[:-1]])
+    expected = logits.float().double().log_softmax(-1)[torch.arange(1, 301), before, tokens]
+    torch.testing.assert_close(found.log_probs[0, 0].double(), expected, rtol=0, atol=4e-6)
+    torch.testing.assert_close(found.scores[0, 0].double(), expected.sum(), rtol=2e-7, atol=0)
+
+
 def test_limits_come_from_the_options(model):
     def widths(**options):
         found = generate(model, SOURCE, options=SearchOptions(beam_size=1, suppress_tokens=(2,), **options))

@@ -353,6 +353,7 @@ def test_refused_options(fields, message):
         ({}, {"forced": torch.tensor([[3], [9]])}, "there is no token 9 in a vocabulary of 6"),
         ({}, {"forced": torch.tensor([[3]])}, "a forced prefix for each of 2 sentences, got 1"),
         ({}, {"forced": torch.tensor([[3.0], [3.0]])}, r"a forced prefix must be \(B, P\) int64"),
+        ({}, {"forced": torch.tensor([[-3], [3]])}, "a forced prefix holds token numbers, got -3"),
         ({}, {"forced": torch.tensor([[3, EOS], [3, 3]])}, r"can't hold eos \(2\)"),
         ({}, {"forced": torch.tensor([[3, 3], [0, 3]])}, r"has padding \(0\) ahead of a token"),
         (

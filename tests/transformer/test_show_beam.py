@@ -79,6 +79,15 @@ def test_states_of_a_search_by_hand():
     assert [tuple(node.tokens()) for node in tree.finished()] == [(2,), (3, 2)]
 
 
+def test_steps_that_are_written_to_change_no_search():
+    def spoil(step):
+        for x in step:
+            x.zero_()
+
+    model = ending(0)
+    assert generate(model, SOURCE).tolist() == generate(model, SOURCE, on_step=spoil).tolist()
+
+
 def test_without_a_tracer_nothing_changes_and_other_searches_have_no_tree():
     model = ending(0)
     with pytest.raises(ValueError, match="beam_size must be above 1, and num_samples 0"):

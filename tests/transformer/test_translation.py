@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fused_transformer.inference import PackedTransformer
+from fused_transformer.prefixes import PrefixTooLong
 from fused_transformer.search_options import SearchOptions
 from fused_transformer.text_stream import NewText, TextStream
 from fused_transformer.tokenizer import EOS
@@ -148,6 +149,13 @@ def test_a_forbidden_translation_keeps_its_line(translator):
 
 
 def test_refused_calls(translator):
+    with pytest.raises(TypeError, match=r"lines must be lines of text, got one str: \['un chat'\] is one line"):
+        translator.translate("un chat")
+    with pytest.raises(TypeError, match="prefixes must be lines of text"):
+        translator.translate_stream(["un"], prefixes="one")
+    with pytest.raises(PrefixTooLong, match=r"the prefix of line 3 has .* may have 9, eos counted") as refused:
+        translator.translate(["un", "un chat noir voit", "chat"], SHORT, prefixes=["", "", "two black dogs, one cat"])
+    assert refused.value.line == 2
     with pytest.raises(ValueError, match="a prefix for each of 2 lines, got 1"):
         translator.translate(["un", "deux"], prefixes=["one"])
     with pytest.raises(ValueError, match="buffer must be at least 1, got 0"):
