@@ -83,10 +83,16 @@ def _processes(processes: dict[str, dict]) -> str:
 def of_step(result: dict) -> str:
     """What README says of `bench.step`: each part as its share of the step."""
     shares = ("products", "attention", "norms", "rest", "vocabulary", "search")
+    apart = ""
+    if any(row["rest"] < 0 for row in result["rows"]):
+        apart = (
+            " Products, attention and norms were timed as calls of their own here, which take longer than within the "
+            "step: `rest` is what they are too much."
+        )
     lines = [
         f"A step on {result['machine']['processor']}, {result['date']}, {result['position']} tokens into sources of "
         f"{result['source']}; shares of it, and the least time for its products at this machine's own rates "
-        "(`python -m bench.step`; above 100 %: weights that stay in the cache, or need not be read).",
+        f"(`python -m bench.step`; above 100 %: weights that stay in the cache, or need not be read).{apart}",
         "",
         "| step | ms | " + " | ".join(shares) + " | limit |",
         "|---|--:|" + "--:|" * (len(shares) + 1),

@@ -3,9 +3,8 @@
     python -m bench.step [--threads 1 2] [--weights float32 bfloat16 int8] [--output FILE]
 
 The model is Transformer-base with 32,000 subwords and random weights, packed as `translate` packs it, and POSITION
-tokens into translations of sources of SOURCE tokens. The layers' part of a step is one native call; its own parts are
-timed through the ops that it is tested against, on the same tensors, and "rest" is what the call takes beyond them
-(below 0: less than the ops one by one). "limit" is the least time for reading all weights or multiplying by them, at
+tokens into translations of sources of SOURCE tokens. The layers' part of a step is one native call, which tells how long
+its products, attention and norms took; "rest" is the embedding and what surrounds the call. "limit" is the least time for reading all weights or multiplying by them, at
 rates measured in the same run; a greedy step without scores does without most of the vocabulary's.
 """
 
@@ -26,8 +25,8 @@ from bench.report import write_comparison
 from bench.report_decoding import of_step
 from bench.timing import Interleaved, quantiles
 from fused_transformer import PackedTransformer, Transformer, TransformerConfig
-from fused_transformer.kernels import decode_attention, layer_norm, log_softmax_top_k
-from fused_transformer.kernels.linear import linear
+from fused_transformer.kernels import log_softmax_top_k
+from fused_transformer.kernels.decoder_step.cpu import timing
 
 POSITION, SOURCE = 16, 32
 WORK = ((1, 1), (1, 4), (8, 1), (8, 4), (64, 1), (64, 4))  # sentences, beams
@@ -46,6 +45,7 @@ class Step:
             model.step(self.tokens, self.state)
         if beams > 1:
             self.state.reorder(torch.arange(self.rows))
+        self.inside: list[Tensor] = []  # of each call: seconds of products, attention and norms
         self.hidden = self.layers()
         self.logits = model.project(self.hidden)
         self.scores = torch.zeros(self.rows)
@@ -53,33 +53,11 @@ class Step:
 
     def layers(self) -> Tensor:
         """The native call, and the embedding ahead of it."""
-        hidden = self.model.step(self.tokens, self.state)
+        with timing() as seconds:
+            hidden = self.model.step(self.tokens, self.state)
+        self.inside.append(seconds)
         self.state.length -= 1  # so that each call is of the same position
         return hidden
-
-    def products(self) -> None:
-        decoder, x = self.model._decoder, self.hidden
-        for layer in decoder.layers:
-            linear(x, layer.qkv)
-            linear(x, layer.query)
-            for last in (layer.self_out, layer.memory_out):
-                linear(x, last, residual=x)
-            linear(linear(x, layer.up, activation=decoder.activation), layer.down, residual=x)
-
-    def attention(self) -> None:
-        heads, state, filled = self.model.config.num_heads, self.state, POSITION + 1
-        own = self.hidden.view(self.rows, heads, 1, -1)
-        beside = self.hidden.view(self.batch, self.beams, heads, -1).transpose(1, 2)
-        ancestors = None if state.ancestors is None else state.ancestors[:, :filled]
-        for (keys, values), memory in zip(state.cache, state.memory, strict=True):
-            decode_attention(own, keys[:, :, :filled], values[:, :, :filled], rows=ancestors)
-            decode_attention(beside, *memory, state.memory_lengths, rows=state.sources, causal=False)
-
-    def norms(self) -> None:
-        decoder = self.model._decoder
-        for layer in decoder.layers:
-            for norm in layer.norms:
-                layer_norm(self.hidden, norm.weight, norm.bias, eps=decoder.eps)
 
     def likeliest(self) -> tuple[Tensor, Tensor] | None:
         return self.model.likeliest(self.hidden, scores=False)
@@ -96,8 +74,7 @@ class Step:
             log_softmax_top_k(self.logits, 2 * self.beams, beams=self.beams, addend=self.scores)
 
     def parts(self) -> dict[str, Callable[[], object]]:
-        names = ("layers", "products", "attention", "norms", "vocabulary", "search")
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in ("layers", "vocabulary", "search")}
 
 
 def limit(config: TransformerConfig, rows: int, weights: str, rate: dict[str, float]) -> float:
@@ -111,10 +88,13 @@ def measure(model: PackedTransformer, batch: int, beams: int, threads: int, rate
     """One row: medians in microseconds."""
     torch.set_num_threads(threads)
     with torch.no_grad():
-        timer = Interleaved(Step(model, batch, beams).parts(), ())
+        step = Step(model, batch, beams)
+        timer = Interleaved(step.parts(), ())
         for _ in range(ROUNDS + 2):
             timer.round()
     times = {name: quantiles(measured[2:])["median_us"] for name, measured in timer.times.items()}
+    inside = 1e6 * torch.stack(step.inside[-ROUNDS:]).median(0).values
+    times |= dict(zip(("products", "attention", "norms"), inside.tolist(), strict=True))
     rest = times["layers"] - times["products"] - times["attention"] - times["norms"]
     whole = times["layers"] + times["vocabulary"] + times["search"]
     return {

@@ -27,11 +27,15 @@ def test_a_row_holds_every_part(monkeypatch):
     row = step.measure(model, 3, 2, 1, {"read_bytes": 1e9, "operations": 1e9})
     parts = [row[name] for name in ("layers", "vocabulary", "search")]
     assert all(x > 0 for x in parts) and row["whole"] == pytest.approx(sum(parts), abs=0.2)
+    inside = [row[name] for name in ("products", "attention", "norms", "rest")]
+    assert min(inside) >= 0 and sum(inside) == pytest.approx(row["layers"], abs=0.4)
     e, f, v = 16, 32, 50
     assert row["limit"] == pytest.approx(1e6 * 2 * (6 * (6 * e * e + 2 * e * f) + v * e) * 6 / 1e9, rel=1e-2)
     head = {"machine": {"processor": "P"}, "date": "D", "position": 16, "source": 32}
     text = report_decoding.of_step({**head, "rows": [row]})
-    assert "float32, batch 3, 2 beams, 1 thread" in text
+    assert "float32, batch 3, 2 beams, 1 thread" in text and "calls of their own" not in text
+    text = report_decoding.of_step({**head, "rows": [row | {"rest": -1.0}]})  # as results of before 2026-11-30 have it
+    assert "calls of their own" in text
 
 
 def test_steps_are_of_one_position():

@@ -74,7 +74,8 @@ void register_decoder_step(py::module_& m) {
           [](const Decoder& decoder, const std::array<int64_t, 3>& sizes, uintptr_t x, uintptr_t out,
              const std::pair<uintptr_t, std::array<int64_t, 6>>& cache, const std::array<int64_t, 2>& ancestors,
              const std::vector<std::pair<uintptr_t, uintptr_t>>& memory, const std::array<int64_t, 5>& memory_sizes,
-             const std::pair<uintptr_t, uintptr_t>& memory_rows, const std::pair<uintptr_t, uintptr_t>& places) {
+             const std::pair<uintptr_t, uintptr_t>& memory_rows, const std::pair<uintptr_t, uintptr_t>& places,
+             uintptr_t seconds) {
             DecoderStep step;
             step.rows = sizes[0], step.beams = sizes[1], step.length = sizes[2];
             step.x = at(x), step.out = at(out);
@@ -89,11 +90,13 @@ void register_decoder_step(py::module_& m) {
             step.memory_rows = memory_sizes[3], step.S = memory_sizes[4];
             step.memory_lengths = at(memory_rows.first), step.sources = at(memory_rows.second);
             step.positions = at(places.first), step.slots = at(places.second);
+            step.seconds = at(seconds);
             py::gil_scoped_release release;
             cpu::decoder_step(decoder, step);
           },
           "sizes: rows, beams, length. cache: address, five strides, rows. memory_sizes: three strides, rows, S. "
-          "places: positions, slots.");
+          "places: positions, slots. seconds: of products, attention and norms, three doubles that are added to, or "
+          "0.");
 }
 
 }  // namespace fused

@@ -1,5 +1,6 @@
 #include "decoder_step.h"
 
+#include <chrono>
 #include <cmath>
 #include <cstring>
 
@@ -10,6 +11,24 @@
 
 namespace fused::cpu {
 namespace {
+
+// Adds the time of its block to seconds[part], if there are any.
+class Timed {
+ public:
+  Timed(double* seconds, Part part) : seconds_(seconds == nullptr ? nullptr : seconds + part) {
+    if (seconds_ != nullptr) start_ = Clock::now();
+  }
+  ~Timed() {
+    if (seconds_ != nullptr) *seconds_ += std::chrono::duration<double>(Clock::now() - start_).count();
+  }
+  Timed(const Timed&) = delete;
+  Timed& operator=(const Timed&) = delete;
+
+ private:
+  using Clock = std::chrono::steady_clock;
+  double* seconds_;
+  Clock::time_point start_;
+};
 
 class Step;
 using Room = Scratch<Step>;
@@ -63,6 +82,7 @@ class Step {
 
   const float* attend(const DecoderLayer& layer, size_t index, const float* x) {
     apply(layer.qkv, x, wide_, nullptr, Activation::none);
+    const Timed timed(s_.seconds, kAttention);
     float* const keys = s_.cache + int64_t(index) * s_.cache_stride[0];
     float* const values = keys + s_.cache_stride[1];
     parallel_for(R_, 2 * R_ * E_, [&](int64_t r) {
@@ -93,6 +113,7 @@ class Step {
 
   const float* look(const DecoderLayer& layer, size_t index, const float* x) {
     apply(layer.query, x, wide_, nullptr, Activation::none);
+    const Timed timed(s_.seconds, kAttention);
     const int64_t sequences = R_ / s_.beams;
     DecodeAttention args = attention(sequences, s_.beams, s_.memory_rows, s_.S);
     const auto [keys, values] = (*s_.memory)[index];
@@ -119,6 +140,7 @@ class Step {
   }
 
   void apply(const DecoderLinear& layer, const float* x, float* y, const float* residual, Activation activation) {
+    const Timed timed(s_.seconds, kProducts);
     Linear args;
     args.weight = &layer.weight;
     args.M = R_;
@@ -132,6 +154,7 @@ class Step {
   }
 
   void normalise(const DecoderNorm& norm, const float* x, float* y) {
+    const Timed timed(s_.seconds, kNorms);
     LayerNormForward args{};
     args.x = x, args.x_stride = E_;
     args.weight = norm.weight, args.bias = norm.bias;

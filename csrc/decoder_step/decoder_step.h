@@ -66,7 +66,11 @@ struct DecoderStep {
   int64_t memory_rows = 0, S = 0;
   const int32_t* memory_lengths = nullptr;  // (rows / beams,); nullptr: S
   const int64_t* sources = nullptr;         // (rows / beams,), the row of memory each sequence reads; nullptr: its own
+
+  double* seconds = nullptr;  // (kParts,), added to: where the time went; nullptr: nobody asks
 };
+
+enum Part { kProducts, kAttention, kNorms, kParts };
 
 void decoder_step(const Decoder& decoder, const DecoderStep& step);
 

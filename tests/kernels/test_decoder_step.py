@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from copy import deepcopy
 
 import pytest
@@ -259,3 +260,23 @@ def test_memory_of_nothing():
     for backend in ("reference", None):
         with use_backend(backend):
             assert memory_of(normal(0, 8), projection, 2, 2, 0, None)[0][0].shape == (2, 2, 0, 4)
+
+
+def test_it_tells_where_its_time_went():
+    from fused_transformer.kernels.decoder_step import cpu
+
+    decoder = make_decoder()
+    arguments = make_arguments(decoder)
+    expected = decoder_step(decoder=decoder, **arguments)
+    with cpu.timing() as seconds:
+        assert_equal(decoder_step(decoder=decoder, **arguments), expected)
+        once = seconds.clone()
+        start = time.perf_counter()
+        for _ in range(20):
+            decoder_step(decoder=decoder, **arguments)
+        took = time.perf_counter() - start
+    assert (once > 0).all() and (seconds > once).all()
+    assert float((seconds - once).sum()) < took
+    told = seconds.clone()
+    decoder_step(decoder=decoder, **arguments)  # nobody asks any more
+    assert_equal(seconds, told)
