@@ -33,20 +33,21 @@ def parser() -> argparse.ArgumentParser:
         epilog="Any other option is pytest's: -k WORD, -x, --benchmark-disable (check every row and time none), ...",
     )
 
-    def names(text: str) -> list[str]:
-        return [name.strip() for name in text.split(",") if name.strip()]
-
     told.add_argument("--quick", action="store_true", help="a shape or two of each group, under 2 minutes on 2 cores")
-    told.add_argument("--op", type=names, metavar="NAME[,NAME]", help="these alone: attention, layer_norm, model, ...")
-    told.add_argument("--shape", metavar="WORD", help="rows with WORD in their name: wmt, llama, bfloat16, ...")
-    told.add_argument("--peers", type=names, metavar="NAME[,NAME]", help="these alternatives alone: sdpa, flex, ...")
-    both = "run nothing: what got slower or faster between two results; exit status 1 if a row got slower"
+    told.add_argument(
+        "--op", type=selection.names, metavar="NAME[,NAME]", help="these alone: attention, layer_norm, model, ..."
+    )
+    of_rows = "rows with WORD in their name: wmt, llama, bfloat16, ..."
+    told.add_argument("--shape", type=selection.word, metavar="WORD", help=of_rows)
+    of_peers = "these alternatives alone: sdpa, flex, ..."
+    told.add_argument("--peers", type=selection.names, metavar="NAME[,NAME]", help=of_peers)
+    both = "run nothing: what differs between two results; exit status 1 if something got slower or holds more memory"
     told.add_argument("--compare", type=Path, nargs=2, metavar=("OLD.json", "NEW.json"), help=both)
     told.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to run (default: cpu)")
     told.add_argument("--results", type=Path, metavar="DIR", help="write JSON and pictures here")
     told.add_argument(
         "--row-seconds",
-        type=float,
+        type=selection.seconds,
         metavar="S",
         help="time one row about this long (2.5; quick: 0.3; GPU: 0.3, 0.1)",
     )

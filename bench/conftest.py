@@ -41,6 +41,7 @@ from bench.timing import Interleaved, Stamp, copy_gigabytes_per_second, matmul_g
 ROWS = pytest.StashKey[list]()
 WRITTEN = pytest.StashKey[list[Path]]()
 INCOMPLETE = pytest.StashKey[Path]()
+UNWRITTEN = pytest.StashKey[str]()
 JUDGES = ("naive", "torch.nn", "unpacked")  # what others are compared with: they run, though they may not be timed
 
 
@@ -62,17 +63,12 @@ def pytest_addoption(parser):
     group = parser.getgroup("bench")
     group.addoption("--device", default="cpu", choices=("cpu", "cuda"), help="where to run (default: cpu)")
     group.addoption("--results", type=Path, help="write the results as JSON into this folder")
-    group.addoption(
-        "--row-seconds", type=float, help="time one row about this long (default: 2.3, on a GPU 0.3; --quick: 0.3, 0.1)"
-    )
+    about = "time one row about this long (default: 2.3, on a GPU 0.3; --quick: 0.3, 0.1)"
+    group.addoption("--row-seconds", type=selection.seconds, help=about)
     group.addoption("--quick", action="store_true", help="the first shape of each group")
-    group.addoption("--op", type=names, help="files or benchmarks in them, by commas")
-    group.addoption("--shape", help="rows with this in their name")
-    group.addoption("--peers", type=names, help="alternatives that are timed, by commas")
-
-
-def names(text: str) -> list[str]:
-    return [name for name in text.split(",") if name]
+    group.addoption("--op", type=selection.names, help="files or benchmarks in them, by commas")
+    group.addoption("--shape", type=selection.word, help="rows with this in their name")
+    group.addoption("--peers", type=selection.names, help="alternatives that are timed, by commas")
 
 
 def pace(config) -> Pace:
@@ -89,6 +85,9 @@ def pytest_configure(config):
     Stamp.device = config.getoption("--device")
     if Stamp.device == "cuda" and not torch.cuda.is_available():
         raise pytest.UsageError("--device cuda: torch sees no CUDA device")
+    measures = not (config.getoption("benchmark_disable") or config.option.collectonly)
+    if measures and (folder := config.getoption("--results")) and (refusal := report.refusal_of_folder(folder)):
+        raise pytest.UsageError(f"--results: {refusal}")
 
 
 def pytest_collection_modifyitems(config, items):
@@ -213,11 +212,20 @@ def pytest_sessionfinish(session, exitstatus):
     results, folder = measured(session.config), session.config.getoption("--results")
     if not results or not folder:
         return
+    try:
+        _write(session.config, folder, results, exitstatus)
+    except OSError as error:  # a full disk, say: the summary says it, beside the table
+        session.config.stash[UNWRITTEN] = str(error)
+        session.exitstatus = exitstatus or pytest.ExitCode.TESTS_FAILED
+
+
+def _write(config, folder: Path, results: dict, exitstatus: int) -> None:
     if exitstatus == pytest.ExitCode.OK:
         path = report.write_results(folder, results)
-        session.config.stash[WRITTEN] = [path, *plots.write(results, path)]
+        config.stash[WRITTEN] = [path]
+        config.stash[WRITTEN] += plots.write(results, path)
     elif exitstatus in (pytest.ExitCode.TESTS_FAILED, pytest.ExitCode.INTERRUPTED):
-        session.config.stash[INCOMPLETE] = report.write_results(folder, results, complete=False)
+        config.stash[INCOMPLETE] = report.write_results(folder, results, complete=False)
 
 
 def measured(config) -> dict | None:
@@ -247,5 +255,10 @@ def pytest_terminal_summary(terminalreporter, config):
     elif INCOMPLETE in config.stash:
         path = config.stash[INCOMPLETE]
         terminalreporter.write_line(f"\nnot all rows were measured: what was is in {path}, which no table is made of")
-    elif config.getoption("--results"):
+    elif config.getoption("--results") and UNWRITTEN not in config.stash:
         terminalreporter.write_line("\nnot written: the run broke off")
+    if UNWRITTEN in config.stash:
+        what, left = "results", "the tables above are all there is of this run"
+        if WRITTEN in config.stash:
+            what, left = "pictures", "python -m bench.plots draws them anew"
+        terminalreporter.write_line(f"\nERROR: the {what} can't be written: {config.stash[UNWRITTEN]}; {left}")

@@ -16,6 +16,7 @@ import statistics
 from datetime import date
 from itertools import groupby
 from pathlib import Path
+from tempfile import TemporaryFile
 
 from bench import report_decoding, report_growth, report_training
 
@@ -28,6 +29,18 @@ def results_of(machine: dict, rooflines: dict, rows: list[dict], curves: list[di
     """One run, as its JSON has it."""
     head = {"machine": machine, "date": f"{date.today():%Y-%m-%d}", "rooflines": rooflines}
     return {**head, "rows": rows, "curves": curves, "memory": memory}
+
+
+def refusal_of_folder(folder: Path) -> str | None:
+    """None, or the sentence why results can't be written there. The folder is made: nothing else tells for certain."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=folder):
+            return None
+    except FileExistsError:
+        return f"{folder} is a file and no folder"
+    except OSError as error:
+        return f"{folder} can't be written to: {error.strerror or error}"
 
 
 def write_results(folder: Path, results: dict, *, complete: bool = True) -> Path:
@@ -43,8 +56,14 @@ def write_results(folder: Path, results: dict, *, complete: bool = True) -> Path
             return json.dumps(value)
         return "[\n" + ",\n".join(f"  {json.dumps(row, ensure_ascii=False)}" for row in value) + "\n ]"
 
-    # A line a row: diffs stay readable.
-    path.write_text("{\n" + ",\n".join(f" {json.dumps(key)}: {one(value)}" for key, value in results.items()) + "\n}\n")
+    # A line a row: diffs stay readable. By way of another name: a disk that fills up leaves no half of a result.
+    text = "{\n" + ",\n".join(f" {json.dumps(key)}: {one(value)}" for key, value in results.items()) + "\n}\n"
+    part = path.with_name(f"{path.name}.part")
+    try:
+        part.write_text(text)
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
     return path
 
 
@@ -278,6 +297,10 @@ def main(arguments: list[str] | None = None) -> None:
             marks = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
             told = [section(json.loads(path.read_text())) for path in files]
             update_readme(options.readme, "\n\n".join(told), *marks)
+    from bench import aims  # which asks this module what the fastest alternative of a row is
+
+    told = "\n".join(aims.table(aims.newest()))
+    update_readme(ROOT / "bench" / "README.md", told, "<!-- aims:begin -->", "<!-- aims:end -->")
 
 
 if __name__ == "__main__":

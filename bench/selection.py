@@ -1,13 +1,42 @@
-"""Which rows a run has: --op, --shape, --quick. Names that no benchmark has are refused with those that there are."""
+"""Which rows a run has: --op, --shape, --quick. Names that no benchmark has are refused with those that there are.
+
+What options may be (`names`, `word`, `seconds`) is the same for bench/__main__.py and for pytest itself.
+"""
 
 from __future__ import annotations
 
+import argparse
+import math
 import re
 from collections.abc import Hashable, Iterable, Sequence
 from pathlib import Path
 
 HERE = Path(__file__).parent
 SMALL = "transformer-small"
+
+
+def names(text: str) -> list[str]:
+    """Names by commas: at least one, since none would be a run of nothing, or beside nothing."""
+    found = [name.strip() for name in text.split(",") if name.strip()]
+    if not found:
+        raise argparse.ArgumentTypeError(f"must be names, by commas, got {text!r}")
+    return found
+
+
+def word(text: str) -> str:
+    if not text.strip():
+        raise argparse.ArgumentTypeError(f"must be a word out of the rows' names, got {text!r}")
+    return text
+
+
+def seconds(text: str) -> float:
+    try:
+        told = float(text)
+    except ValueError:
+        told = math.nan
+    if not 0 < told < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a number of seconds above 0, got {text!r}")
+    return told
 
 
 def groups(folder: Path = HERE) -> dict[str, list[str]]:

@@ -3,9 +3,10 @@
     python -m bench.step [--threads 1 2] [--weights float32 bfloat16 int8] [--output FILE]
 
 The model is Transformer-base with 32,000 subwords and random weights, packed as `translate` packs it, and POSITION
-tokens into translations of sources of SOURCE tokens. The layers' part of a step is one native call, which tells how long
-its products, attention and norms took; "rest" is the embedding and what surrounds the call. "limit" is the least time for reading all weights or multiplying by them, at
-rates measured in the same run; a greedy step without scores does without most of the vocabulary's.
+tokens into translations of sources of SOURCE tokens. The layers' part of a step is one native call, which tells how
+long its products, attention and norms took; "rest" is the embedding and what surrounds the call. "limit" is the least
+time for reading all weights or multiplying by them, at rates measured in the same run; a greedy step without scores
+does without most of the vocabulary's.
 """
 
 from __future__ import annotations

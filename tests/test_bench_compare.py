@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from pathlib import Path
 
 import pytest
 
@@ -123,3 +124,84 @@ def test_a_file_that_is_no_result(tmp_path, capsys):
     assert compare.main(tmp_path / "y.json", tmp_path / "y.json") == 2
     assert compare.main(tmp_path / "none.json", tmp_path / "y.json") == 2
     assert "none.json can't be read" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------- curves and memory
+
+
+def grown(unit: str = "µs", **values: list) -> dict:
+    curve = {"name": "attention causal", "along": "length", "fixed": "B1", "unit": unit, "ours": "fused"}
+    return {**one(100), "curves": [{**curve, "sizes": [64, 128, 256], "values": values}]}
+
+
+def held(**peaks: int) -> dict:
+    entry = {"name": "attention", "what": "forward", "shape": "L512", "ours": "fused"}
+    return {**one(100), "memory": [{**entry, "peak_bytes": peaks}]}
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "expected"),
+    [
+        ([100, 200, 400], [1000, 2000, 4000], "slower slower slower"),
+        ([100, 200, 400], [100, 200, 4000], "same same slower"),  # a power of the size that has grown
+        ([100, 200, 400], [120, 240, 480], "same same same"),  # medians of few rounds
+        ([1000, 200, 400], [100, 200, 400], "faster same same"),
+    ],
+)
+def test_points_of_curves(old, new, expected, tmp_path):
+    before, after = grown(fused=old, naive=[300, 600, 900]), grown(fused=new, naive=[300, 600, 900])
+    assert [change.verdict for change in compare.points(before, after)] == expected.split()
+    assert run(tmp_path, before, after) == int("slower" in expected)
+
+
+def test_a_point_is_excused_by_alternatives_at_its_size_and_those_beside_it():
+    old = grown(fused=[100, 100, 100], naive=[100, 100, 100])
+    new = grown(fused=[190, 190, 190], naive=[100, 100, 190])  # something ran beside the largest size
+    assert [change.verdict for change in compare.points(old, new)] == ["slower", "same", "same"]
+    worse = grown(fused=[190, 190, 380], naive=[100, 100, 190])  # and more than that
+    assert compare.points(old, worse)[-1].verdict == "slower"
+
+
+def test_points_without_alternatives_move_as_the_median_point_and_missing_ones_are_told():
+    old = grown(fused=[100, 100, 100], naive=[100, None, None])
+    new = grown(fused=[140, 140, 140], naive=[140, None, None])
+    assert [change.verdict for change in compare.points(old, new)] == ["same"] * 3
+    new["curves"][0]["values"]["fused"] = [140, 140, None]
+    assert len(compare.points(old, new)) == 2
+    assert compare.missing(old, new) == (["attention causal, by length (B1) at 256"], [])
+
+
+def test_memory_is_counted_and_no_machine_excuses_it(tmp_path, capsys):
+    old, new = held(fused=1000, naive=5000), held(fused=10_000, naive=50_000)
+    assert run(tmp_path, old, new) == 1
+    assert "1 more memory:\n  attention, forward, L512: 1,000 -> 10,000 bytes, 10.00×" in capsys.readouterr().out
+    assert run(tmp_path, new, old) == 0 and "1 less memory:" in capsys.readouterr().out
+    assert run(tmp_path, old, held(fused=1020)) == 0 and "1 the same memory" in capsys.readouterr().out
+    assert run(tmp_path, held(fused=0), held(fused=8)) == 1 and run(tmp_path, held(fused=8), held(fused=0)) == 0
+    ways = {"fused": 1000, "fused in chunks": 500}
+    assert run(tmp_path, held(**ways), held(**ways | {"fused in chunks": 900})) == 1
+    assert "L512, ours in chunks: 500 -> 900" in capsys.readouterr().out
+
+
+def test_memory_along_a_curve_and_of_a_row():
+    old, new = grown("bytes", fused=[10, 20, 40]), grown("bytes", fused=[10, 20, 80])
+    assert [change.verdict for change in compare.memory(old, new)] == ["same", "same", "more"]
+    assert compare.points(old, new) == []
+    old, new = one(100), one(100)
+    old["rows"][0]["peak_bytes"], new["rows"][0]["peak_bytes"] = {"fused": 10, "naive": 50}, {"fused": 50, "naive": 50}
+    assert [change.verdict for change in compare.memory(old, new)] == ["more"]
+
+
+def test_a_committed_result_beside_itself_with_all_of_ours_times_ten(tmp_path, capsys):
+    path = sorted((Path(__file__).parents[1] / "bench" / "results").glob("*_????-??-??.json"))[0]
+    old = json.loads(path.read_text())
+    assert run(tmp_path, old, old) == 0
+    for part, what in (("curves", "values"), ("memory", "peak_bytes")):
+        new = copy.deepcopy(old)
+        for entry in new[part]:
+            own = entry[what]["fused"]
+            entry[what]["fused"] = [10 * x for x in own] if isinstance(own, list) else 10 * own
+        capsys.readouterr()
+        assert run(tmp_path, old, new) == 1
+        assert "0 more memory" not in capsys.readouterr().out
+    assert len(compare.points(old, old)) > 50 and len(compare.memory(old, old)) > 20

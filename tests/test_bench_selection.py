@@ -81,6 +81,24 @@ def test_unknown_names_are_refused_with_the_known_ones(options, words, capsys):
         assert word in told
 
 
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        *(("--op", value) for value in ("", ",", " ")),
+        *(("--peers", value) for value in ("", ",")),
+        ("--shape", ""),
+        *(("--row-seconds", value) for value in ("-1", "0", "nan", "inf", "soon", "")),
+    ],
+)
+def test_values_that_would_run_nothing_or_for_no_time_are_refused(option, value, capsys):
+    with pytest.raises(SystemExit) as ended:
+        command.pytest_arguments([option, value])
+    told = capsys.readouterr().err
+    assert ended.value.code == 2 and f"argument {option}: must be " in told and f"got {value!r}" in told
+    bare = [*command.PYTEST, "--collect-only", option, value, str(command.HERE)]  # pytest alone, without -m bench
+    assert pytest.main(bare) == pytest.ExitCode.USAGE_ERROR
+
+
 def test_part_of_the_suite_writes_only_where_it_is_told():
     def folder(*options: str) -> str | None:
         made = command.pytest_arguments(options)
