@@ -56,7 +56,7 @@ def require_shape(name: str, x: Tensor | None, shape: tuple[int, ...]) -> None:
         raise ValueError(f"{name} must have shape {shape}, got {tuple(x.shape)}")
 
 
-def require_no_gradient(op: str, instead: str = "", **tensors: Tensor | None) -> None:
+def require_no_gradient(op: str, instead: str = "", /, **tensors: Tensor | None) -> None:
     """`op` has none, backward or forward: ValueError where one of the tensors asks for it."""
     backward, forward = torch.is_grad_enabled(), forward_ad._current_level >= 0
     if not (backward or forward):

@@ -167,10 +167,13 @@ def load_checkpoint(path: str | Path) -> tuple[Transformer, Tokenizer, State, di
     from fused_transformer.tokenizer import Tokenizer
 
     tensors, state = read_file(path)
+    if "tokenizer" not in tensors:
+        raise _not_whole(path, "tokenizer")
+    content = tensors.pop("tokenizer")
+    if content.dtype != torch.uint8:
+        raise _not_together(path, f"its tokenizer must be bytes, torch.uint8, and is {content.dtype}")
     try:
-        tokenizer = Tokenizer(tensors.pop("tokenizer").numpy().tobytes())
-    except KeyError:
-        raise _not_whole(path, "tokenizer") from None
+        tokenizer = Tokenizer(content.numpy().tobytes())
     except ValueError as error:
         raise _not_together(path, error) from None
     model = _build(path, tensors, state)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from functools import cached_property
-from typing import Any, cast
+from collections.abc import Callable, Iterator
+from functools import cached_property, wraps
+from typing import Any, NoReturn, ParamSpec, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from fused_transformer import guessing
+from fused_transformer.as_configured import norm_eps, what_changed
 from fused_transformer.attention import MultiheadAttention
 from fused_transformer.config import TransformerConfig
 from fused_transformer.embedding import TokenEmbedding
@@ -24,13 +25,48 @@ from fused_transformer.model import Transformer
 from fused_transformer.packing import packing_if_worth_it
 
 LEAST_SCREENED = 2**21  # numbers of a vocabulary's weights: fewer are read from the cache
+WIDEST_HEAD = 256  # that csrc/decode_attention has room for
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def why_not(model: Transformer) -> str | None:
+    """Why `model` can't be packed, in a sentence; None: it can."""
+    device = model.source_embedding.weight.device
+    if device.type != "cpu":
+        return f"packed weights are for the CPU, and the model is on {device}: model.cpu() moves it"
+    changed = what_changed(model)
+    if changed is not None:
+        return f"a model is packed as its configuration says, and this one has {changed}"
+    if len(model.decoder.layers) == 0:
+        return "a model without decoder layers has nothing to pack for decoding"
+    width = model.config.d_model // model.config.num_heads
+    if width > WIDEST_HEAD:
+        return f"heads can be up to {WIDEST_HEAD} wide to be packed, and the model's are {width} (d_model / num_heads)"
+    return None
+
+
+def in_float32(method: Callable[P, T]) -> Callable[P, T]:
+    """Without gradients, and as outside of torch.autocast: packed weights take float32 and give it."""
+
+    @torch.no_grad()
+    @wraps(method)
+    def run(*args: P.args, **options: P.kwargs) -> T:
+        if not torch._C._is_any_autocast_enabled():  # nearly always, and a step has no time to spare
+            return method(*args, **options)
+        with torch.autocast("cpu", enabled=False):
+            return method(*args, **options)
+
+    return run
 
 
 class PackedTransformer:
     """A trained `Transformer` packed for translation: `generate`, `greedy` and `beam_search` take it for the model.
 
     A copy: what happens to the model later does not reach it, and it is read-only. Activations, keys, values and sums
-    are float32 whatever the weights. It only decodes: there is no training mode, and no gradient.
+    are float32 whatever the weights, under torch.autocast too. It only decodes: there is no training mode, and no
+    gradient. Copies of it share its weights; it can't be pickled.
 
     Args:
         model: on the CPU, of any float dtype.
@@ -47,7 +83,8 @@ class PackedTransformer:
         nbytes: of all packed weights.
 
     Raises:
-        TypeError, ValueError: not a Transformer, not on the CPU, without decoder layers, or `weights` is unknown.
+        TypeError, ValueError: not a Transformer, not on the CPU, without decoder layers, with heads more than 256 wide
+            or parts that its configuration does not describe (see `why_not`), or `weights` is unknown.
     """
 
     def __init__(self, model: Transformer, *, weights: str = "float32", look_ahead: bool = True) -> None:
@@ -55,16 +92,14 @@ class PackedTransformer:
             raise TypeError(f"model must be a Transformer, got {type(model).__name__}")
         if weights not in WEIGHTS:
             raise ValueError(f"weights must be one of {', '.join(map(repr, WEIGHTS))}, got {weights!r}")
-        device = model.source_embedding.weight.device
-        if device.type != "cpu":
-            raise ValueError(f"packed weights are for the CPU, and the model is on {device}: model.cpu() moves it")
-        if model.config.num_decoder_layers == 0:
-            raise ValueError("a model without decoder layers has nothing to pack for decoding")
+        reason = why_not(model)
+        if reason is not None:
+            raise ValueError(reason)
         self.config: TransformerConfig = model.config
         self.weights, self.look_ahead = weights, look_ahead
         self.training = False
         config = model.config
-        self._heads, self._eps = config.num_heads, config.layer_norm_eps
+        self._heads, self._eps = config.num_heads, norm_eps(model)
         self._source = _embedding(model.source_embedding)
         self._target = self._source if model.target_embedding is None else _embedding(model.target_embedding)
         self._encoder = [self._encoder_layer(cast(EncoderLayer, layer)) for layer in model.encoder.layers]
@@ -74,7 +109,7 @@ class PackedTransformer:
             [self._decoder_layer(layer) for layer in layers],
             config.num_heads,
             norm_first=config.norm_first,
-            eps=config.layer_norm_eps,
+            eps=self._eps,
             activation=config.activation,
             final_norm=None if model.decoder.norm is None else _norm(model.decoder.norm),
         )
@@ -91,6 +126,18 @@ class PackedTransformer:
         draft = self.__dict__.get("draft")  # if it has been made
         beside = screen + (0 if draft is None else draft.decoder.nbytes)
         return encoder + self._decoder.nbytes + self._memory.nbytes + self._output.nbytes + beside
+
+    def __copy__(self) -> PackedTransformer:
+        """A copy with the same parts: what is read-only needs to be in memory once."""
+        other = object.__new__(type(self))
+        other.__dict__.update(self.__dict__)
+        return other
+
+    def __deepcopy__(self, memo: dict) -> PackedTransformer:
+        return self.__copy__()
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("packed weights can't be pickled: save the Transformer, and pack it again where it is loaded")
 
     def eval(self) -> PackedTransformer:
         """Nothing: it has no other mode."""
@@ -116,7 +163,7 @@ class PackedTransformer:
         """As `Transformer.lengths`."""
         return real_lengths(tokens, self.config.padding_idx)
 
-    @torch.no_grad()
+    @in_float32
     def encode(self, source_tokens: Tensor, source_lengths: Tensor | None = None) -> Tensor:
         """As `Transformer.encode`."""
         if source_lengths is None:
@@ -141,7 +188,7 @@ class PackedTransformer:
             x = self._normalised(x, self._encoder_norm)
         return x.view(shape) if packing is None else packing.unpack(x)
 
-    @torch.no_grad()
+    @in_float32
     def start(self, memory: Tensor, memory_lengths: Tensor | None = None, *, beam_size: int = 1) -> DecoderState:
         """As `Transformer.start`."""
         packing = packing_if_worth_it(memory_lengths, memory)
@@ -150,7 +197,7 @@ class PackedTransformer:
         projected = memory_of(rows, self._memory, self._heads, memory.shape[0], memory.shape[1], offsets)
         return new_state(projected, memory, memory_lengths, beam_size)
 
-    @torch.no_grad()
+    @in_float32
     def step(self, tokens: Tensor, state: DecoderState) -> Tensor:
         """As `Transformer.step`."""
         x = self._target(tokens[:, None], start=state.length).squeeze(1)
@@ -169,7 +216,7 @@ class PackedTransformer:
         state.length += 1
         return hidden
 
-    @torch.no_grad()
+    @in_float32
     def step_at(
         self,
         x: Tensor,
@@ -208,12 +255,12 @@ class PackedTransformer:
             return None
         return guessing.Draft.of(rounded, self._screened.rounded, self.config.eos_idx)
 
-    @torch.no_grad()
+    @in_float32
     def project(self, hidden: Tensor) -> Tensor:
         """As `Transformer.project`."""
         return linear(hidden, self._output)
 
-    @torch.no_grad()
+    @in_float32
     def likeliest(self, hidden: Tensor, *, scores: bool = True) -> tuple[Tensor, Tensor] | None:
         """The largest logit of hidden states (N, E) and its token, (N,) each: those of `project(hidden).max(-1)`.
 
@@ -264,7 +311,9 @@ class PackedTransformer:
         width = self.config.d_model
         weight = torch.cat([attn.in_proj_weight[width:] for attn in attentions])
         biases = [attn.in_proj_bias for attn in attentions]
-        return self._pack(weight, None if biases[0] is None else torch.cat([bias[width:] for bias in biases]))
+        if all(bias is None for bias in biases):
+            return self._pack(weight, None)
+        return self._pack(weight, torch.cat([weight.new_zeros(2 * width) if x is None else x[width:] for x in biases]))
 
     # ---------------------------------------------------------------- the encoder's layers
 

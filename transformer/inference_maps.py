@@ -6,12 +6,13 @@ from functools import partial
 
 from torch import Tensor
 
-from fused_transformer.inference import PackedTransformer
+from fused_transformer.inference import PackedTransformer, in_float32
 from fused_transformer.kernels import attention_weights, attention_with_lse
 from fused_transformer.kernels.decoder_step import memory_of
 from fused_transformer.kernels.linear import linear
 
 
+@in_float32
 def packed_weights(
     model: PackedTransformer, source: Tensor, source_lengths: Tensor, target: Tensor, target_lengths: Tensor
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:

@@ -3,9 +3,21 @@
 from __future__ import annotations
 
 import math
+import operator
 from dataclasses import dataclass
+from numbers import Real
+from typing import Any
 
 PENALTIES = ("gnmt", "power")
+
+# What each option is; strings and suppress_tokens are looked at by themselves.
+INTEGERS = (
+    *("beam_size", "top_beams", "min_length", "max_length", "max_length_beyond_source", "no_repeat_ngram_size"),
+    *("num_samples", "top_k", "seed"),
+)
+NUMBERS = ("length_penalty", "patience", "temperature", "top_p")
+SWITCHES = ("stop_early", "scores")
+MAY_BE_NONE = ("max_length", "patience", "stop_early")
 
 
 @dataclass(frozen=True)
@@ -46,6 +58,7 @@ class SearchOptions:
         seed: of the draws. What a sentence gets depends on the seed and its own tokens, not on its batch.
 
     Raises:
+        TypeError: an option is of another type: no whole number (numpy's are, True is not), number or bool.
         ValueError: an option is out of its range, or has no effect beside the others.
 
     Source: Wu et al. 2016, arXiv:1609.08144, eq. 14; tensor2tensor, utils/beam_search.py; Kasai et al. 2022,
@@ -72,7 +85,7 @@ class SearchOptions:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "suppress_tokens", tuple(self.suppress_tokens))
+        self._check_types()
         self._check_beams()
         self._check_lengths()
         self._check_sampling()
@@ -109,6 +122,19 @@ class SearchOptions:
         """penalty(length), for a number or a tensor of them."""
         return (length if self.penalty == "power" else (5.0 + length) / 6.0) ** self.length_penalty
 
+    def _check_types(self) -> None:
+        """Each option becomes Python's own int, float or bool, or it is refused."""
+        for names, checked in ((INTEGERS, _integer), (NUMBERS, _number), (SWITCHES, _switch)):
+            for name in names:
+                value = getattr(self, name)
+                if value is not None or name not in MAY_BE_NONE:
+                    object.__setattr__(self, name, checked(name, value))
+        try:
+            tokens = tuple(self.suppress_tokens)
+        except TypeError:
+            raise TypeError(f"suppress_tokens must be token numbers, got {self.suppress_tokens!r}") from None
+        object.__setattr__(self, "suppress_tokens", tuple(_integer("a token of suppress_tokens", x) for x in tokens))
+
     def _check_beams(self) -> None:
         if not 1 <= self.top_beams <= self.beam_size:
             raise ValueError(f"top_beams must be between 1 and beam_size ({self.beam_size}), got {self.top_beams}")
@@ -119,7 +145,7 @@ class SearchOptions:
             raise ValueError(f"penalty must be one of {', '.join(map(repr, PENALTIES))}, got {self.penalty!r}")
         if self.patience is None:
             return
-        if not 0 < self.patience < math.inf:
+        if not 0 < self.beam_size * self.patience < math.inf:
             raise ValueError(f"patience must be finite and positive, got {self.patience}")
         if self.stop_early is not None:
             raise ValueError("patience and stop_early are two rules for when to stop: give one of them")
@@ -156,3 +182,27 @@ class SearchOptions:
                 )
         elif (self.temperature, self.top_k, self.top_p) != (1.0, 0, 1.0):
             raise ValueError("temperature, top_k and top_p are of sampling: set num_samples too")
+
+
+def _integer(name: str, value: Any) -> int:
+    try:
+        if isinstance(value, bool):  # whose index is 0 or 1
+            raise TypeError
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} must be an int, got {value!r}") from None
+
+
+def _number(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf  # which no option may be, nor what is as far below 0
+
+
+def _switch(name: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
+    return value

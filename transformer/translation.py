@@ -17,6 +17,7 @@ from fused_transformer.decoding import generate, length_limits
 from fused_transformer.graphed import GraphedTransformer
 from fused_transformer.hypotheses import NEVER, Hypotheses, NewTokens
 from fused_transformer.inference import PackedTransformer
+from fused_transformer.inference import why_not as why_not_packed
 from fused_transformer.maps import AttentionMaps, attention_maps, targets_of
 from fused_transformer.model import Transformer
 from fused_transformer.prefixes import Pair, PrefixTooLong, check_room, pairs_of
@@ -46,7 +47,8 @@ class Translation(NamedTuple):
 
 
 def with_weights(model: Transformer, weights: str, *, cuda_graphs: bool = False) -> Model:
-    """What decodes for `model` with its weights kept as `weights`: packed for translation where it is on a CPU.
+    """What decodes for `model` with its weights kept as `weights`: packed for translation where it is on a CPU and
+    can be (`inference.why_not`), else the model itself.
 
     cuda_graphs: steps replay CUDA graphs, see `GraphedTransformer`.
 
@@ -56,15 +58,15 @@ def with_weights(model: Transformer, weights: str, *, cuda_graphs: bool = False)
     """
     if weights not in WEIGHTS:
         raise ValueError(f"weights must be one of {', '.join(map(repr, WEIGHTS))}, got {weights!r}")
-    device = model.source_embedding.weight.device
     if cuda_graphs:
         if weights != "float32":
             raise ValueError(f"CUDA graphs run the model's own weights, and weights {weights!r} are for a CPU")
         return GraphedTransformer(model)
-    if device.type == "cpu" and model.config.num_decoder_layers:
+    reason = why_not_packed(model)
+    if reason is None:
         return PackedTransformer(model, weights=weights)
     if weights != "float32":
-        raise ValueError(f"weights {weights!r} are for a model with decoder layers on the CPU, and it is on {device}")
+        raise ValueError(f"weights {weights!r} can't be had: {reason}")
     return model
 
 

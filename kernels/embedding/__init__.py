@@ -59,7 +59,8 @@ def embedding(
     Raises:
         IndexError: a token is outside the vocabulary: the sentence says which, and where. On a GPU, where
             looking would wait for it, "cuda" and "triton" make that token's row NaN instead, and give it no gradient.
-        ValueError: shapes, dtypes or devices do not fit, or a position is negative or beyond 2^53; the sentence says which.
+        ValueError: shapes, dtypes or devices do not fit, or a position is negative or beyond 2^53; the sentence says
+            which.
         TypeError: tokens or table is no tensor.
         NotImplementedError: a backend was forced that refuses these arguments.
 

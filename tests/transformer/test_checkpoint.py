@@ -117,6 +117,10 @@ def test_a_later_version_is_told(path, monkeypatch, model, tokenizer):
         (lambda tensors, state: state["config"].update(num_heads=3), "num_heads must divide d_model"),
         (lambda tensors, state: tensors.pop("model.source_embedding.weight"), "Missing key.*source_embedding.weight"),
         (lambda tensors, state: tensors.update(tokenizer=torch.zeros(9, dtype=torch.uint8)), "sentencepiece model"),
+        (
+            lambda tensors, state: tensors.update(tokenizer=torch.zeros(9, dtype=torch.bfloat16)),
+            r"does not hold together: its tokenizer must be bytes, torch\.uint8, and is torch\.bfloat16",
+        ),
     ],
 )
 def test_parts_that_do_not_fit_are_told(path, spoil, message):

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from fused_transformer import beam_search, export, greedy
 from fused_transformer.extra_parts import add_final_norm, add_logits_bias
 from fused_transformer.tokenizer import Tokenizer
+from tests.transformer.changed_cases import CHANGES, FOLLOWED, changed
 from tests.transformer.models import VARIANTS, tiny
 from tests.transformer.texts import parallel_lines
 
@@ -235,26 +236,72 @@ def test_special_tokens_have_one_name(tmp_path):
 # ------------------------------------------------------------------------------------------------ refusals
 
 
-def _eps(model):
-    model.encoder.layers[0].norm1.eps = 0.1
-
-
 @pytest.mark.parametrize(
     ("options", "change", "message"),
     [
         (VARIANTS["no_layers"], None, r"a stack without layers \(num_encoder_layers=0\)"),
         ({"num_decoder_layers": 0}, None, r"a stack without layers \(num_decoder_layers=0\)"),
-        ({}, _eps, r"norms that differ in eps \(1e-05, 0.1\)"),
+        *CHANGES.values(),
+        (
+            {"tie_embeddings": "separate"},
+            lambda model: setattr(model.target_embedding, "positions", None),
+            r"embeddings that differ in positions \('interleaved' and None\)",
+        ),
         ({}, lambda model: add_final_norm(model, "encoder"), "a final norm in one stack and none in the other"),
     ],
 )
 def test_what_cannot_be_expressed_is_refused(tmp_path, options, change, message):
     model = tiny(**options)
     if change is not None:
-        change(model)
+        changed(model, change)
     with pytest.raises(ValueError, match=f"CTranslate2 can't express {message}"):
         export.ctranslate2(model, tmp_path / "model")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", FOLLOWED)
+def test_what_the_weights_tell_is_exported(tmp_path, name):
+    model = changed(tiny(), FOLLOWED[name])
+    export.ctranslate2(model, tmp_path / "model", longest=16)
+    assert_scores_equal(model, tmp_path / "model")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("quantization", ["float32", "int8", "int8_float16"])
+def test_weights_that_are_not_finite_are_refused(tmp_path, quantization, value):
+    model = tiny()
+    with torch.no_grad():
+        model.decoder.layers[1].feed_forward.linear1.weight[3, 4] = value
+    with pytest.raises(
+        ValueError, match=r"decoder\.layers\.1\.feed_forward\.linear1\.weight, of which not all is finite"
+    ):
+        export.ctranslate2(model, tmp_path / "model", quantization=quantization)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["encoder.layers.0.linear1.weight", "decoder.layers.1.norm3.bias"])
+@pytest.mark.parametrize("quantization", ["float16", "int8_float16"])
+def test_weights_beyond_float16_are_refused(tmp_path, quantization, name):
+    model = tiny()
+    name = name.replace("linear1", "feed_forward.linear1")
+    with torch.no_grad():
+        model.get_parameter(name).flatten()[5] = -65519.0  # which is rounded to the largest
+        export.ctranslate2(model, tmp_path / "model", quantization=quantization, longest=4)
+        model.get_parameter(name).flatten()[5] = -65520.0
+    message = f"{name} with quantization '{quantization}': 6.552e\\+04 is beyond float16's largest number, 65504"
+    with pytest.raises(ValueError, match=message):
+        export.ctranslate2(model, tmp_path / "other", quantization=quantization, longest=4)
+    export.ctranslate2(model, tmp_path / "other", quantization="bfloat16", longest=4)
+
+
+def test_numbers_beyond_float32_are_refused(tmp_path):
+    model = tiny().double()
+    with torch.no_grad():
+        model.source_embedding.weight[4, 4] = 1e300
+    with pytest.raises(
+        ValueError, match=r"source_embedding\.weight with quantization 'int8': 1e\+300 is beyond float32"
+    ):
+        export.ctranslate2(model, tmp_path / "model", quantization="int8")
 
 
 def test_other_models_are_refused(tmp_path):

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+
 import pytest
 import torch
 
-from fused_transformer import SearchOptions, beam_search, generate, greedy
+from fused_transformer import SearchOptions, attention_maps, beam_search, generate, greedy, inference
 from fused_transformer.extra_parts import add_final_norm, add_logits_bias
-from fused_transformer.inference import PackedTransformer
+from fused_transformer.inference import PackedTransformer, why_not
+from fused_transformer.kernels import use_backend
 from tests.oracle import assert_equal
+from tests.transformer.changed_cases import CHANGES, FOLLOWED, changed
 from tests.transformer.models import LENGTHS, SOURCE, VARIANTS, VOCAB, tiny
 
 PACKABLE = [name for name in VARIANTS if name != "no_layers"]
@@ -113,3 +118,75 @@ def test_what_cannot_be_packed_is_named():
         PackedTransformer(tiny(num_decoder_layers=0))
     with pytest.raises(ValueError, match="the model is on meta"):
         PackedTransformer(tiny().to("meta"))
+    assert why_not(tiny()) is None
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_what_the_configuration_does_not_describe_is_not_packed(name):
+    options, change, message = CHANGES[name]
+    model = changed(tiny(**options), change)
+    with pytest.raises(ValueError, match=f"packed as its configuration says, and this one has {message}"):
+        PackedTransformer(model)
+
+
+@pytest.mark.parametrize("name", FOLLOWED)
+def test_what_the_weights_tell_is_packed(name):
+    model = changed(tiny(), FOLLOWED[name])
+    packed = PackedTransformer(model)
+    real = torch.arange(SOURCE.shape[1]) < LENGTHS[:, None]
+    torch.testing.assert_close(packed.encode(SOURCE)[real], model.encode(SOURCE)[real], atol=1e-5, rtol=1e-5)
+    assert_same_hypotheses(beam_search(packed, SOURCE), beam_search(model, SOURCE))
+
+
+def test_heads_too_wide_for_the_kernels_are_named():
+    wide = {"num_heads": 1, "num_encoder_layers": 0, "num_decoder_layers": 1}
+    greedy(PackedTransformer(tiny(d_model=256, **wide)), SOURCE, max_lengths=torch.tensor([2, 2, 2]))
+    model = tiny(d_model=257, **wide)
+    reason = r"heads can be up to 256 wide to be packed, and the model's are 257 \(d_model / num_heads\)"
+    with pytest.raises(ValueError, match=reason):
+        PackedTransformer(model)
+    assert why_not(model) is not None
+
+
+@pytest.mark.parametrize("backend", ["own", "reference"])
+@pytest.mark.parametrize("options", [{"beam_size": 1}, {"beam_size": 3}, {"num_samples": 2, "seed": 3}], ids=str)
+def test_autocast_changes_nothing(monkeypatch, options, backend):
+    monkeypatch.setattr(inference, "LEAST_SCREENED", 1)  # what guesses ahead runs too
+    packed = PackedTransformer(tiny().eval())
+    options = SearchOptions(**options)
+
+    def found():
+        if backend == "own":
+            return generate(packed, SOURCE, options=options)
+        with use_backend(backend):
+            return generate(packed, SOURCE, options=options)
+
+    expected = found()
+    with torch.autocast("cpu", torch.bfloat16):
+        got = found()
+    assert_equal([got.tokens, got.scores, got.log_probs], [expected.tokens, expected.scores, expected.log_probs])
+
+
+def test_autocast_changes_no_attention_map():
+    packed = PackedTransformer(tiny().eval())
+    expected = attention_maps(packed, SOURCE)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = attention_maps(packed, SOURCE)
+    for one, other in zip(got, expected, strict=True):
+        for kind in other.kinds:
+            assert_equal([one.weights(kind)], [other.weights(kind)])
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy])
+def test_a_copy_shares_the_weights(copied):
+    packed = PackedTransformer(tiny().eval())
+    other = copied({"model": packed})["model"] if copied is copy.deepcopy else copied(packed)
+    assert type(other) is PackedTransformer and other is not packed and other._decoder is packed._decoder
+    assert_same_hypotheses(beam_search(other, SOURCE), beam_search(packed, SOURCE))
+    other.look_ahead = False
+    assert packed.look_ahead
+
+
+def test_it_is_not_pickled():
+    with pytest.raises(TypeError, match="can't be pickled: save the Transformer, and pack it again"):
+        pickle.dumps(PackedTransformer(tiny()))

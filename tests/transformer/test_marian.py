@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when huggingface_hub is imported
@@ -50,6 +51,7 @@ VARIANTS = {
     "not_scaled": {"scale_embedding": False},
     "two_vocabularies": {"share_encoder_decoder_embeddings": False, "decoder_vocab_size": 47},
     "own_projection": {"tie_word_embeddings": False, "share_encoder_decoder_embeddings": False},
+    "nothing_tied": {"tie_word_embeddings": False},  # where share_encoder_decoder_embeddings says what is not so
     "own_start": {"decoder_start_token_id": 1},
 }
 
@@ -70,9 +72,8 @@ def make(**options):
     return model
 
 
-def log_probabilities(logits, tokens):
-    """Over the tokens that are generated, whichever others the vocabulary has."""
-    return logits[..., [token for token in range(tokens) if token != PAD]].log_softmax(-1)
+def start_with(token):
+    return torch.cat([torch.full((3, 1), token), TARGET], 1)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -81,9 +82,8 @@ def test_logits_are_equal(variant):
     theirs = make(**VARIANTS[variant])
     ours = from_marian(theirs.config, theirs.state_dict())
     start = theirs.config.decoder_start_token_id
-    inputs = torch.cat([torch.full((3, 1), start), TARGET], 1)
-    expected = theirs(input_ids=SOURCE, attention_mask=SOURCE != PAD, decoder_input_ids=inputs).logits
-    got = ours(SOURCE, torch.cat([torch.full((3, 1), ours.config.bos_idx), TARGET], 1))
+    expected = theirs(input_ids=SOURCE, attention_mask=SOURCE != PAD, decoder_input_ids=start_with(start)).logits
+    got = ours(SOURCE, start_with(ours.config.bos_idx))
     size = expected.shape[-1]
     kept = [token for token in range(size) if token not in (PAD, start)]
     torch.testing.assert_close(got[..., kept], expected[..., kept], atol=2e-5, rtol=1e-5)
@@ -113,6 +113,21 @@ def test_a_configuration_as_json_and_tied_weights_once():
     for name, x in whole.state_dict().items():
         assert torch.equal(once.state_dict()[name], x), name
     assert not once.training
+
+
+@torch.no_grad()
+def test_tables_that_differ_are_the_ones_that_are_read(tmp_path):
+    """Of a checkpoint whose configuration ties what it has with different numbers: theirs is not tied then either."""
+    made = make(tie_word_embeddings=False)
+    made.config.tie_word_embeddings = True
+    made.save_pretrained(tmp_path)
+    theirs = transformers.MarianMTModel.from_pretrained(tmp_path).eval()
+    tables = [theirs.model.shared, theirs.model.encoder.embed_tokens, theirs.model.decoder.embed_tokens, theirs.lm_head]
+    assert not any(torch.equal(x.weight, y.weight) for x, y in itertools.combinations(tables, 2))
+    ours = from_marian(theirs.config, theirs.state_dict())
+    expected = theirs(input_ids=SOURCE, attention_mask=SOURCE != PAD, decoder_input_ids=start_with(PAD)).logits
+    got = ours(SOURCE, start_with(ours.config.bos_idx))
+    torch.testing.assert_close(got[..., :PAD], expected[..., :PAD], atol=2e-5, rtol=1e-5)
 
 
 def test_weights_are_copies():
@@ -184,6 +199,13 @@ def test_positions_beyond_their_table():
         ),
         ({"model_type": "bart"}, "model_type must be 'marian', got 'bart'"),
         ({"eos_token_id": [0, 1]}, r"eos_token_id must be one token, got \[0, 1\]"),
+        ({"eos_token_id": ["0"]}, "eos_token_id must be a token of the vocabulary, 0 ... 40, got '0'"),
+        ({"eos_token_id": 41}, "eos_token_id must be a token of the vocabulary, 0 ... 40, got 41"),
+        ({"pad_token_id": 41}, "pad_token_id must be a token of the vocabulary, 0 ... 40, got 41"),
+        ({"pad_token_id": -1}, "pad_token_id must be a token of the vocabulary, 0 ... 40, got -1"),
+        ({"decoder_start_token_id": 99}, "decoder_start_token_id must be a token of the vocabulary, .*got 99"),
+        ({"decoder_start_token_id": "40"}, "decoder_start_token_id must be a token of the vocabulary, .*got '40'"),
+        ({"d_model": "32"}, "d_model must be an int, got '32'"),
         ({"d_model": None, "vocab_size": None}, "the configuration has no d_model, vocab_size"),
         ({"vocab_size": 50}, r"model.encoder.embed_tokens.weight must be \(50, 32\), got \(41, 32\)"),
         ({"encoder_layers": 3}, r"the state_dict has no model.encoder.layers.2.self_attn"),
@@ -202,6 +224,13 @@ def test_other_tables_of_positions_are_refused():
     state = theirs.state_dict()
     state["model.decoder.embed_positions.weight"] = sinusoidal_positions(64, 32, layout="concat_t2t")
     with pytest.raises(ValueError, match=r"model\.decoder\.embed_positions\.weight is not Marian's sinusoidal table"):
+        from_marian(theirs.config, state)
+
+
+def test_a_bias_of_another_size_is_told():
+    theirs = make()
+    state = theirs.state_dict() | {"final_logits_bias": torch.zeros(1, 7)}
+    with pytest.raises(ValueError, match="final_logits_bias must have 41 numbers, one a token, got 7"):
         from_marian(theirs.config, state)
 
 

@@ -218,9 +218,33 @@ def test_what_our_model_cannot_follow_is_refused(options, change, message):
         theirs.imported()
 
 
+@pytest.mark.parametrize("scale", [0, 0.0, math.inf, -math.inf, math.nan])
+def test_a_scale_that_leaves_no_embedding_is_refused(scale):
+    with pytest.raises(ValueError, match="embedding_scale must be finite and not 0, got"):
+        Theirs().imported(embedding_scale=scale)
+
+
+@torch.no_grad()
+def test_a_negative_scale():
+    theirs = Theirs()
+    theirs.scale = -2
+    assert_equal(theirs, theirs.imported())
+
+
+@pytest.mark.parametrize("stack", ["encoder", "decoder"])
+def test_stacks_of_the_callers_own_are_refused(stack):
+    transformer = nn.Transformer(24, 3, 1, 1, 40, batch_first=True, **{f"custom_{stack}": nn.Identity()})
+    with pytest.raises(
+        ValueError, match=rf"transformer\.{stack} must be a torch\.nn\.Transformer\w+coder, got Identity"
+    ):
+        from_torch(transformer, nn.Embedding(V, 24), positions=None, **TOKENS)
+
+
 def test_other_classes_are_refused():
     theirs = Theirs()
     with pytest.raises(TypeError, match=r"transformer must be a torch\.nn\.Transformer, got TransformerEncoder"):
         from_torch(theirs.transformer.encoder, theirs.source, positions=None, **TOKENS)
+    with pytest.raises(TypeError, match="embedding_scale must be a number, got str"):
+        theirs.imported(embedding_scale="1")
     with pytest.raises(TypeError, match=r"source_embedding must be a torch\.nn\.Embedding, got Linear"):
         from_torch(theirs.transformer, theirs.generator, positions=None, **TOKENS)

@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fused_transformer import Transformer, TransformerConfig
 from fused_transformer.inference import PackedTransformer
 from fused_transformer.prefixes import PrefixTooLong
 from fused_transformer.search_options import SearchOptions
@@ -172,7 +173,7 @@ def test_weights_are_packed_on_a_cpu(translator):
     packed = with_weights(translator.model, "int8")
     assert isinstance(packed, PackedTransformer) and packed.weights == "int8"
     assert with_weights(translator.model, "float32").weights == "float32"
-    with pytest.raises(ValueError, match="weights 'int8' are for a model with decoder layers on the CPU"):
+    with pytest.raises(ValueError, match="weights 'int8' can't be had: packed weights are for the CPU"):
         with_weights(copy.deepcopy(translator.model).to("meta"), "int8")
     with pytest.raises(ValueError, match="CUDA graphs are for a CUDA device, and the model is on cpu"):
         with_weights(translator.model, "float32", cuda_graphs=True)
@@ -180,6 +181,16 @@ def test_weights_are_packed_on_a_cpu(translator):
         with_weights(translator.model, "int8", cuda_graphs=True)
     with pytest.raises(ValueError, match="weights must be one of 'float32', 'bfloat16', 'int8', got 'int4'"):
         with_weights(translator.model, "int4")
+
+
+def test_what_cannot_be_packed_translates_as_it_is(translator):
+    vocabulary = len(translator.tokenizer)
+    layers = {"num_encoder_layers": 1, "num_decoder_layers": 1, "d_feedforward": 16}
+    wide = Transformer(TransformerConfig(source_vocab_size=vocabulary, d_model=300, num_heads=1, **layers)).eval()
+    assert with_weights(wide, "float32") is wide
+    assert Translator(wide, translator.tokenizer).translate(["un chat"], SHORT)[0][0].tokens
+    with pytest.raises(ValueError, match="can't be had: heads can be up to 256 wide"):
+        with_weights(wide, "int8")
 
 
 def test_options_by_name_change_those_given(translator):

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from fused_transformer.as_configured import norm_eps, what_changed
 from fused_transformer.attention import MultiheadAttention
 from fused_transformer.feed_forward import FeedForward
 from fused_transformer.kernels import sinusoidal_positions
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
     from fused_transformer.tokenizer import Tokenizer
 
 QUANTIZATIONS = ("float32", "float16", "bfloat16", "int16", "int8", "int8_float32", "int8_float16", "int8_bfloat16")
+# What numbers are kept as, and are multiplied as where they are loaded so; float32 in the others.
+FLOATS = {"float16": torch.float16, "int8_float16": torch.float16}
+FLOATS |= {"bfloat16": torch.bfloat16, "int8_bfloat16": torch.bfloat16}
 ACTIVATIONS = {"relu": "RELU", "gelu": "GELU", "silu": "SWISH"}  # ours: theirs
 TOKENIZER_FILE = "sentencepiece.model"
 
@@ -61,8 +65,9 @@ def ctranslate2(
     Raises:
         ImportError: ctranslate2 is not installed.
         FileExistsError: there is something at `path`.
-        ValueError: CTranslate2 can't express this model, the vocabularies do not fit it, or an option is out of its
-            range.
+        ValueError: CTranslate2 can't express this model or its configuration does not describe it, a weight is not
+            finite or has no place in the quantization's float type, the vocabularies do not fit the model, or an option
+            is out of its range.
         OSError: it could not be written; then there is nothing at `path`.
 
     What differs: padding that is generated counts as a token like others (here its embedding is 0).
@@ -75,7 +80,7 @@ def ctranslate2(
         raise ValueError(f"quantization must be one of {', '.join(map(repr, QUANTIZATIONS))}, got {quantization!r}")
     if longest < 1:
         raise ValueError(f"longest must be at least 1, got {longest}")
-    reason = why_not(model)
+    reason = why_not(model) or _out_of_range(model, quantization)
     if reason is not None:
         raise ValueError(f"CTranslate2 can't express {reason}")
     path = Path(path)
@@ -107,17 +112,32 @@ def ctranslate2(
 
 def why_not(model: Transformer) -> str | None:
     """What about `model` CTranslate2 has no place for, or None."""
-    config = model.config
-    for name in ("num_encoder_layers", "num_decoder_layers"):
-        if getattr(config, name) == 0:
-            return f"a stack without layers ({name}=0)"
-    if config.activation not in ACTIVATIONS:
-        return f"activation={config.activation!r}"
-    epsilons = sorted({module.eps for module in model.modules() if isinstance(module, nn.LayerNorm)})
-    if len(epsilons) > 1:
-        return f"norms that differ in eps ({', '.join(map(str, epsilons))})"
+    changed = what_changed(model)
+    if changed is not None:
+        return changed
+    for name in ("encoder", "decoder"):
+        if len(getattr(model, name).layers) == 0:
+            return f"a stack without layers (num_{name}_layers=0)"
+    if model.config.activation not in ACTIVATIONS:
+        return f"activation={model.config.activation!r}"
+    source, target = model.source_embedding, model.target_embedding
+    if target is not None and target.positions != source.positions:
+        return f"embeddings that differ in positions ({source.positions!r} and {target.positions!r})"
     if (model.encoder.norm is None) != (model.decoder.norm is None):
         return "a final norm in one stack and none in the other"
+    return None
+
+
+def _out_of_range(model: Transformer, quantization: str) -> str | None:
+    """The first weight that would be infinite in the file, or None."""
+    dtype = FLOATS.get(quantization, torch.float32)
+    for name, x in model.named_parameters():
+        if not x.isfinite().all():
+            return f"{name}, of which not all is finite"
+        if not x.float().to(dtype).isfinite().all():
+            kind = str(dtype).removeprefix("torch.")
+            largest = f"{x.abs().max().item():.4g} is beyond {kind}'s largest number, {torch.finfo(dtype).max:.6g}"
+            return f"{name} with quantization {quantization!r}: {largest}"
     return None
 
 
@@ -197,15 +217,14 @@ def _specification(model: Transformer, longest: int) -> Any:
 
     config = model.config
     spec = transformer_spec.TransformerSpec.from_config(
-        (config.num_encoder_layers, config.num_decoder_layers),
+        (len(model.encoder.layers), len(model.decoder.layers)),
         config.num_heads,
         pre_norm=model.encoder.norm is not None,  # what makes room for a final norm; the order itself is set below
         activation=common_spec.Activation[ACTIVATIONS[config.activation]],
     )
     encoder, decoder = spec.encoder, spec.decoder
     encoder.pre_norm = decoder.pre_norm = config.norm_first
-    norms = (module for module in model.modules() if isinstance(module, nn.LayerNorm))
-    spec.config.layer_norm_epsilon = next(norms).eps
+    spec.config.layer_norm_epsilon = norm_eps(model)
 
     source = model.source_embedding.weight
     target = source if model.target_embedding is None else model.target_embedding.weight
@@ -247,8 +266,8 @@ def _linear(spec: Any, weight: Tensor, bias: Tensor | None) -> None:
 
 
 def _norm(spec: Any, norm: nn.LayerNorm) -> None:
-    spec.gamma = _values(norm.weight)
-    spec.beta = _values(torch.zeros_like(norm.weight) if norm.bias is None else norm.bias)
+    spec.gamma = _values(torch.ones(norm.normalized_shape) if norm.weight is None else norm.weight)
+    spec.beta = _values(torch.zeros(norm.normalized_shape) if norm.bias is None else norm.bias)
 
 
 def _self_attention(spec: Any, attention: MultiheadAttention, norm: nn.LayerNorm) -> None:

@@ -22,6 +22,7 @@ from fused_transformer.model import Transformer
 
 ACTIVATIONS = {"relu": "relu", "gelu": "gelu", "silu": "silu", "swish": "silu"}  # theirs: ours
 STACKS = ("encoder", "decoder")
+TOKENS = ("pad_token_id", "eos_token_id", "decoder_start_token_id")
 # The logit of what is never generated. So far below any other that its probability is 0 in float32; finite, so that a
 # loss with label smoothing is.
 NEVER = -1e4
@@ -55,8 +56,10 @@ def from_marian(config: Any, state_dict: Mapping[str, Tensor]) -> Transformer:
     weights = {name: x.detach().to("cpu", torch.float32) for name, x in state_dict.items()}
     _check_positions(weights, fields["d_model"])
     source, target, projection = _tables(weights, fields)
-    padding, eos, first = fields["pad_token_id"], _eos(fields), fields["decoder_start_token_id"]
+    padding, eos, first = (_token(fields, name, source, target) for name in TOKENS)
     bias = weights.pop("final_logits_bias", torch.zeros(1, len(target))).flatten().clone()
+    if len(bias) != len(target):
+        raise ValueError(f"final_logits_bias must have {len(target)} numbers, one a token, got {len(bias)}")
     if first == padding:  # whose embedding is 0 here, positions included
         first = len(target)
         target = torch.cat([target, target[padding, None]])
@@ -104,13 +107,14 @@ def from_marian(config: Any, state_dict: Mapping[str, Tensor]) -> Transformer:
 
 def _check(fields: dict[str, Any]) -> None:
     """That our model can follow the configuration."""
-    needed = ["d_model", "vocab_size", "pad_token_id", "eos_token_id", "decoder_start_token_id", "activation_function"]
-    needed += [
-        f"{stack}_{what}" for stack in ("encoder", "decoder") for what in ("layers", "ffn_dim", "attention_heads")
-    ]
-    missing = [name for name in needed if fields.get(name) is None]
+    sizes = ["d_model", "vocab_size"]
+    sizes += [f"{stack}_{what}" for stack in STACKS for what in ("layers", "ffn_dim", "attention_heads")]
+    missing = [name for name in (*sizes, *TOKENS, "activation_function") if fields.get(name) is None]
     if missing:
         raise ValueError(f"the configuration has no {', '.join(missing)}")
+    for name in sizes:
+        if not isinstance(fields[name], int) or isinstance(fields[name], bool):
+            raise ValueError(f"{name} must be an int, got {fields[name]!r}")
     if fields.get("model_type", "marian") != "marian":
         raise ValueError(f"model_type must be 'marian', got {fields['model_type']!r}")
     if fields["activation_function"] not in ACTIVATIONS:
@@ -122,16 +126,19 @@ def _check(fields: dict[str, Any]) -> None:
         encoder, decoder = fields[f"encoder_{what}"], fields[f"decoder_{what}"]
         if encoder != decoder:
             raise ValueError(f"encoder_{what} and decoder_{what} must be equal, got {encoder} and {decoder}")
-    _eos(fields)
 
 
-def _eos(fields: dict[str, Any]) -> int:
-    eos = fields["eos_token_id"]
-    if isinstance(eos, int):
-        return eos
-    if len(eos) != 1:
-        raise ValueError(f"eos_token_id must be one token, got {list(eos)}")
-    return eos[0]
+def _token(fields: dict[str, Any], name: str, source: Tensor, target: Tensor) -> int:
+    """A special token's number, checked: a row of the target's table, and padding of the source's too."""
+    token = fields[name]
+    if name == "eos_token_id" and isinstance(token, (list, tuple)):
+        if len(token) != 1:
+            raise ValueError(f"{name} must be one token, got {list(token)}")
+        token = token[0]
+    size = min(len(source), len(target)) if name == "pad_token_id" else len(target)
+    if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < size:
+        raise ValueError(f"{name} must be a token of the vocabulary, 0 ... {size - 1}, got {token!r}")
+    return token
 
 
 def _check_positions(weights: dict[str, Tensor], d_model: int) -> None:
@@ -148,17 +155,29 @@ def _check_positions(weights: dict[str, Tensor], d_model: int) -> None:
 
 
 def _tables(weights: dict[str, Tensor], fields: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
-    """Embeddings of source and target, and the output projection, of which tied ones may be there once."""
+    """Embeddings of source and target, and the output projection, of which tied ones may be there once.
+
+    Their forward reads encoder.embed_tokens, decoder.embed_tokens and lm_head, and never `shared`. These are the same
+    Parameter only where tie_word_embeddings says so, and not even then if a checkpoint has them with different numbers
+    (PreTrainedModel.tie_weights): so `shared` and the others count for what is not there itself.
+    """
     names = ("model.encoder.embed_tokens.weight", "model.decoder.embed_tokens.weight", "lm_head.weight")
     shared = weights.pop("model.shared.weight", None)
     source, target, projection = (weights.pop(name, None) for name in names)
-    if fields.get("share_encoder_decoder_embeddings", True):
-        source, target = (_first(shared, x, other) for x, other in ((source, target), (target, source)))
-    if fields.get("tie_word_embeddings", True):
+    tied, one = fields.get("tie_word_embeddings", True), fields.get("share_encoder_decoder_embeddings", True)
+    if one:
+        source, target, projection = (
+            _first(source, shared, target),
+            _first(target, shared, source),
+            _first(projection, shared) if tied else projection,
+        )
+    if tied:
         target, projection = _first(target, projection), _first(projection, target)
-    sizes = (fields["vocab_size"], *[fields.get("decoder_vocab_size") or fields["vocab_size"]] * 2)
+    size = fields["vocab_size"]
+    target_size = size if one else fields.get("decoder_vocab_size") or size
     found = []
-    for name, table, size in zip(names, (source, target, projection), sizes, strict=True):
+    tables = ((source, size), (target, target_size), (projection, target_size))
+    for name, (table, size) in zip(names, tables, strict=True):
         if table is None:
             raise ValueError(f"the state_dict has no {name}")
         if table.shape != (size, fields["d_model"]):

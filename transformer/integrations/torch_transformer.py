@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from numbers import Real
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from fused_transformer.extra_parts import with_weights
 from fused_transformer.model import Transformer
 from fused_transformer.nn import TransformerDecoderLayer, TransformerEncoderLayer
 
+STACKS = {"encoder": nn.TransformerEncoder, "decoder": nn.TransformerDecoder}
 LAYERS = {
     "encoder": (nn.TransformerEncoderLayer, TransformerEncoderLayer),
     "decoder": (nn.TransformerDecoderLayer, TransformerDecoderLayer),
@@ -49,14 +51,16 @@ def from_torch(
         positions: the table of positions that is added, see `TokenEmbedding`: "interleaved" is that of the paper and
             of PyTorch's tutorials. None: none is.
         padding_idx, bos_idx, eos_idx: the special tokens.
-        embedding_scale: what embeddings are multiplied by; None: √E, as in the paper. 1.0 where they are not.
+        embedding_scale: what embeddings are multiplied by, finite and not 0; None: √E, as in the paper. 1.0 where they
+            are not.
 
     Returns:
         A Transformer in evaluation mode, in the dtype of `transformer` and on its device. Padding gets no embedding
         here; padding on the right, masked there, makes no difference.
 
     Raises:
-        ValueError: a part that this package's model can't follow; the sentence names it.
+        ValueError: a part that this package's model can't follow, which the sentence names, or embedding_scale is out
+            of its range.
         TypeError: an argument is of another class.
     """
     for name, value, kind in (
@@ -67,6 +71,11 @@ def from_torch(
     ):
         if not isinstance(value, kind):
             raise TypeError(f"{name} must be a torch.nn.{kind.__name__}, got {type(value).__name__}")
+    if embedding_scale is not None:
+        if not isinstance(embedding_scale, Real) or isinstance(embedding_scale, bool):
+            raise TypeError(f"embedding_scale must be a number, got {type(embedding_scale).__name__}")
+        if embedding_scale == 0 or not math.isfinite(embedding_scale):
+            raise ValueError(f"embedding_scale must be finite and not 0, got {embedding_scale}")
     target_embedding = source_embedding if target_embedding is None else target_embedding
     for name, module in (("source_embedding", source_embedding), ("target_embedding", target_embedding)):
         if module.max_norm is not None:
@@ -113,7 +122,8 @@ def from_torch(
 def _options(transformer: nn.Transformer) -> dict[str, Any]:
     """What all layers have in common, as `TransformerConfig` names it."""
     found: dict[str, Any] = {}
-    for stack in LAYERS:
+    for stack, kind in STACKS.items():
+        _require(getattr(transformer, stack), kind, f"transformer.{stack}")
         for index, layer in enumerate(getattr(transformer, stack).layers):
             where = f"transformer.{stack}.layers.{index}"
             for name, value in _layer_options(layer, stack, where).items():
