@@ -41,7 +41,8 @@ class Aim:
             named = re.fullmatch(self.group, row["group"]) and re.search(self.name, row["name"])
             if named and row["dtype"].startswith(self.dtype):
                 times = [ratio for label, ratio in report.others(row).items() if label.startswith(self.of)]
-                figure = row.get(f"share_of_{self.of}") or min(times, default=None)
+                share = row.get(f"share_of_{self.of}")
+                figure = min(times, default=None) if share is None else share
                 if figure is not None:  # an alternative may not have been timed
                     yield self.short(row), figure
 

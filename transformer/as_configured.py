@@ -22,6 +22,8 @@ from fused_transformer.layers import DecoderLayer, EncoderLayer
 from fused_transformer.model import Decoder, Encoder, Transformer
 from fused_transformer.plain import LINEARS
 
+# What decoding calls, and whoever reads the weights instead computes in another way. (forward is not among it.)
+COMPUTED_BY = ("encode", "decode", "start", "step", "project")
 STACKS: dict[str, tuple[type[nn.Module], type[nn.Module]]] = {
     "encoder": (Encoder, EncoderLayer),
     "decoder": (Decoder, DecoderLayer),
@@ -40,11 +42,20 @@ def what_changed(model: Transformer) -> str | None:
 
 def norm_eps(model: Transformer) -> float:
     """What all its norms add to the variance; `what_changed` tells where it is not one number."""
-    return next((module.eps for module in model.modules() if isinstance(module, nn.LayerNorm)), 1e-5)
+    return next(_epsilons(model), 1e-5)
+
+
+def _epsilons(model: Transformer) -> Iterator[float]:
+    """Of the stacks' norms: what else has been hung on the model is none of it."""
+    for stack in (model.encoder, model.decoder):
+        yield from (module.eps for module in stack.modules() if isinstance(module, nn.LayerNorm))
 
 
 def _changes(model: Transformer) -> Iterator[str]:
     """Lazily: what is of another class than it was is not looked into."""
+    for name in COMPUTED_BY:
+        if name in model.__dict__ or getattr(type(model), name) is not getattr(Transformer, name):
+            yield f"another {name}()"
     for name in ("source_embedding", "target_embedding"):
         if getattr(model, name) is not None:
             yield from _differences(getattr(model, name), name, (TokenEmbedding,))
@@ -59,7 +70,7 @@ def _changes(model: Transformer) -> Iterator[str]:
             yield f"{name}.norm None, with which a pre-norm stack ends"
     if model.output_projection is not None:
         yield from _differences(model.output_projection, "output_projection", LINEARS)
-    epsilons = sorted({module.eps for module in model.modules() if isinstance(module, nn.LayerNorm)})
+    epsilons = sorted({*_epsilons(model)})
     if len(epsilons) > 1:
         yield f"norms that differ in eps ({', '.join(map(str, epsilons))})"
 
@@ -83,6 +94,7 @@ def _layer_changes(layer: Any, kind: type[nn.Module], where: str, config: Transf
 
 def _differences(module: nn.Module, where: str, kinds: tuple[type[nn.Module], ...], **built: Any) -> Iterator[str]:
     """A module of another class, or whose attributes are not what they were built as."""
+    module = getattr(module, "_orig_mod", module)  # of a compiled one
     kind = type_before_parametrizations(module)
     if kind not in kinds:
         got, want = (f"{x.__module__}.{x.__qualname__}" for x in (kind, kinds[0]))  # torch's and ours share names

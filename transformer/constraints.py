@@ -43,8 +43,8 @@ def _check_forced(forced: Tensor, eos_idx: int, padding_idx: int) -> None:
     if forced.dim() != 2 or forced.dtype != torch.int64:
         raise ValueError(f"a forced prefix must be (B, P) int64, got {tuple(forced.shape)} {forced.dtype}")
     real = forced != padding_idx
-    if (forced < 0).any():
-        raise ValueError(f"a forced prefix holds token numbers, got {int(forced.min())}")
+    if (real & (forced < 0)).any():
+        raise ValueError(f"a forced prefix holds token numbers, got {int(forced[real].min())}")
     if (forced == eos_idx).any():
         raise ValueError(f"a forced prefix can't hold eos ({eos_idx}): nothing would follow it")
     if (~real[:, :-1] & real[:, 1:]).any():

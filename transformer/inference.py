@@ -20,7 +20,7 @@ from fused_transformer.kernels.decoder_step import Norm, PackedDecoder, PackedLa
 from fused_transformer.kernels.linear import WEIGHTS, PackedLinear, linear
 from fused_transformer.kernels.linear_argmax import ScreenedLinear, linear_argmax
 from fused_transformer.layers import DecoderLayer, EncoderLayer
-from fused_transformer.masks import real_lengths
+from fused_transformer.masks import real_lengths, require_rows
 from fused_transformer.model import Transformer
 from fused_transformer.packing import packing_if_worth_it
 
@@ -33,12 +33,12 @@ T = TypeVar("T")
 
 def why_not(model: Transformer) -> str | None:
     """Why `model` can't be packed, in a sentence; None: it can."""
-    device = model.source_embedding.weight.device
-    if device.type != "cpu":
-        return f"packed weights are for the CPU, and the model is on {device}: model.cpu() moves it"
     changed = what_changed(model)
     if changed is not None:
         return f"a model is packed as its configuration says, and this one has {changed}"
+    device = model.source_embedding.weight.device
+    if device.type != "cpu":
+        return f"packed weights are for the CPU, and the model is on {device}: model.cpu() moves it"
     if len(model.decoder.layers) == 0:
         return "a model without decoder layers has nothing to pack for decoding"
     width = model.config.d_model // model.config.num_heads
@@ -166,6 +166,7 @@ class PackedTransformer:
     @in_float32
     def encode(self, source_tokens: Tensor, source_lengths: Tensor | None = None) -> Tensor:
         """As `Transformer.encode`."""
+        require_rows("source_tokens", source_tokens)
         if source_lengths is None:
             source_lengths = self.lengths(source_tokens)
         x = self._source(source_tokens)

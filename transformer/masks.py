@@ -185,6 +185,12 @@ def may_look(x: Tensor) -> bool:
     )
 
 
+def require_rows(name: str, tokens: Tensor) -> None:
+    """ValueError unless tokens are (B, L)."""
+    if tokens.dim() != 2:
+        raise ValueError(f"{name} must have shape (B, L), got {tuple(tokens.shape)}")
+
+
 def real_lengths(tokens: Tensor, padding_idx: int) -> Tensor:
     """(B,) int64: the tokens of each row of (B, L) that are not padding.
 
@@ -192,8 +198,7 @@ def real_lengths(tokens: Tensor, padding_idx: int) -> Tensor:
         ValueError: tokens are not 2-D; or padding ahead of a token (looked for on the CPU only: a GPU would have to be
             waited for).
     """
-    if tokens.dim() != 2:
-        raise ValueError(f"tokens must have shape (B, L), got {tuple(tokens.shape)}")
+    require_rows("tokens", tokens)
     real = tokens != padding_idx
     lengths = real.sum(-1)
     if may_look(tokens):

@@ -15,7 +15,7 @@ from fused_transformer.embedding import TokenEmbedding
 from fused_transformer.incremental import DecoderState
 from fused_transformer.layer_running import run_layer
 from fused_transformer.layers import DecoderLayer, EncoderLayer
-from fused_transformer.masks import lengths_if_padded_right, real_lengths
+from fused_transformer.masks import lengths_if_padded_right, real_lengths, require_rows
 from fused_transformer.packing import pack_memory, packing_if_worth_it
 from fused_transformer.plain import plain
 from fused_transformer.products import applied, linear
@@ -156,8 +156,8 @@ class Transformer(nn.Module):
         Raises:
             ValueError: tokens are not 2-D, differ in their batch, or have padding ahead of a token.
         """
-        _require_rows("source_tokens", source_tokens)
-        _require_rows("target_tokens", target_tokens)
+        require_rows("source_tokens", source_tokens)
+        require_rows("target_tokens", target_tokens)
         if source_lengths is None:
             source_lengths = self.lengths(source_tokens)
         if target_lengths is None:
@@ -175,7 +175,7 @@ class Transformer(nn.Module):
 
     def encode(self, source_tokens: Tensor, source_lengths: Tensor | None = None) -> Tensor:
         """Memory (B, S, E) of source_tokens (B, S). Rows of padding hold numbers without meaning."""
-        _require_rows("source_tokens", source_tokens)
+        require_rows("source_tokens", source_tokens)
         if source_lengths is None:
             source_lengths = self.lengths(source_tokens)
         return self.encoder(self.source_embedding(source_tokens), source_lengths)
@@ -194,9 +194,10 @@ class Transformer(nn.Module):
             memory_lengths: (B,) integers, the source's lengths; None: all of memory is real.
             target_lengths: (B,) integers; see `forward`.
         """
-        _require_rows("target_tokens", target_tokens)
-        if len(memory) != len(target_tokens):
-            raise ValueError(f"source and target must have one batch size, got {len(memory)} and {len(target_tokens)}")
+        require_rows("target_tokens", target_tokens)
+        sizes = memory.shape[0], target_tokens.shape[0]  # len() would make them constants of an exported graph
+        if sizes[0] != sizes[1]:
+            raise ValueError(f"source and target must have one batch size, got {sizes[0]} and {sizes[1]}")
         return self.decoder(self._embed_target(target_tokens), memory, target_lengths, memory_lengths)
 
     @torch.no_grad()
@@ -248,11 +249,6 @@ class Transformer(nn.Module):
 
     def _embed_target(self, tokens: Tensor, start: int | Tensor = 0) -> Tensor:
         return self._target_table()(tokens, start=start)
-
-
-def _require_rows(name: str, tokens: Tensor) -> None:
-    if tokens.dim() != 2:
-        raise ValueError(f"{name} must have shape (B, L), got {tuple(tokens.shape)}")
 
 
 def _layer_options(config: TransformerConfig) -> dict:

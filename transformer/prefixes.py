@@ -17,10 +17,13 @@ class PrefixTooLong(ValueError):
 
     def __init__(self, line: int, tokens: int, limit: int, number: int | None = None) -> None:
         self.line, self._tokens, self._limit = line, tokens, limit
+        self._number = line + 1 if number is None else number
         super().__init__(
-            f"the prefix of line {line + 1 if number is None else number} has {tokens} tokens, and its translation may "
-            f"have {limit}, eos counted"
+            f"the prefix of line {self._number} has {tokens} tokens, and its translation may have {limit}, eos counted"
         )
+
+    def __reduce__(self) -> tuple:
+        return type(self), (self.line, self._tokens, self._limit, self._number)
 
     def of_line(self, number: int) -> PrefixTooLong:
         """The same of line `number`, from 1, of a text that these lines are part of."""

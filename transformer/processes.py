@@ -120,6 +120,10 @@ def own_device(name: str) -> torch.device:
     except RuntimeError:
         raise ValueError(f"there is no device {name!r}") from None
     if device.type != "cuda":
+        try:
+            torch.empty(1, device=device).item()  # "meta" has no numbers, and others may not be there
+        except (RuntimeError, AssertionError, NotImplementedError):
+            raise ValueError(f"there is no device {name!r}") from None
         return device
     gpus, processes = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if (device.index or 0) >= gpus:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import operator
 from dataclasses import dataclass
-from numbers import Real
 from typing import Any
 
 PENALTIES = ("gnmt", "power")
@@ -194,15 +193,17 @@ def _integer(name: str, value: Any) -> int:
 
 
 def _number(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{name} must be a number, got {value!r}")
     try:
+        if isinstance(value, (bool, str, bytes)):  # of which float() would make numbers too
+            raise TypeError
         return float(value)
+    except (TypeError, ValueError):
+        raise TypeError(f"{name} must be a number, got {value!r}") from None
     except OverflowError:
         return math.inf  # which no option may be, nor what is as far below 0
 
 
 def _switch(name: str, value: Any) -> bool:
-    if not isinstance(value, bool):
+    if not isinstance(value, bool) and type(value).__name__ not in ("bool", "bool_"):  # numpy's, by version
         raise TypeError(f"{name} must be True or False, got {value!r}")
-    return value
+    return bool(value)

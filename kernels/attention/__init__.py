@@ -16,7 +16,7 @@ from fused_transformer.kernels._dispatch import Op, undisturbed
 from fused_transformer.kernels._philox import new_seed, seed_for
 from fused_transformer.kernels.attention import compiled, together
 from fused_transformer.kernels.attention.checks import check_statistics, check_tensors
-from fused_transformer.kernels.attention.differentiated import Others, _Attention, direct_call, directly
+from fused_transformer.kernels.attention.differentiated import Others, _Attention, direct_call, directly, to_save
 from fused_transformer.kernels.attention.mask import Causal, Mask, make_mask
 
 op = Op(__name__, order=("cuda", "triton", "cpu", "reference"))
@@ -30,7 +30,8 @@ class _Weights(torch.autograd.Function):
     def forward(ctx, q, k, bias, lse, mask: Mask, scale: float, dropout_p: float, seed):
         backend = op.pick(q, k, k, mask, scale, dropout_p, seed)
         weights = backend.weights(q, k, lse, mask, scale, dropout_p, seed)
-        ctx.save_for_backward(q, k, bias, lse, seed, mask.keep, mask.k_lengths)  # the last two: so that it is noticed
+        # the last two only so that a change in place is noticed
+        ctx.save_for_backward(q, k, bias, lse, seed, mask.keep, to_save(mask.k_lengths))
         ctx.mask, ctx.scale, ctx.dropout_p = mask, scale, dropout_p
         return weights
 

@@ -54,6 +54,19 @@ def test_of_its_weights(backend, name):
         assert_backward_refuses(weights, given[name])
 
 
+@every_backend
+def test_lengths_made_in_inference_mode_are_as_good(backend):
+    """They cannot be saved for a backward pass, nor be changed outside of that mode."""
+    with torch.inference_mode():
+        lengths = torch.tensor([L, L - 5])
+    tensors = parts(packed=False)
+    with running_on(backend):
+        out, lse = attention_with_lse(**tensors, k_lengths=lengths)
+        weights = attention_weights(tensors["q"], tensors["k"], lse, k_lengths=lengths)
+        (out.sum() + weights.square().sum()).backward()
+    assert all(x.grad is not None and x.grad.isfinite().all() for x in tensors.values())
+
+
 def test_lengths_that_are_not_changed_give_the_gradient_of_each_length():
     """The mistake that this was: lengths used again for the next batch gave that batch's gradients."""
     lengths, tensors = torch.tensor([3, L]), parts(packed=False)

@@ -20,6 +20,11 @@ class OtherNorm(nn.RMSNorm):
     pass
 
 
+class OtherProjection(Transformer):
+    def project(self, hidden):
+        return -super().project(hidden)
+
+
 def replaced(path: str, value):
     """A function that sets an attribute or a module of a model."""
 
@@ -96,6 +101,8 @@ CHANGES = {  # name: options of `tiny`, the change, what it is called
         replaced("source_embedding", lambda: nn.Embedding(31, 24)),
         r"source_embedding of class \S+\.Embedding",
     ),
+    "method": ({}, lambda model: setattr(model, "project", model.project), r"another project\(\)"),
+    "method_of_class": ({}, lambda model: setattr(model, "__class__", OtherProjection), r"another project\(\)"),
     "eps": ({}, replaced("decoder.layers.0.norm1.eps", 0.1), r"norms that differ in eps \(1e-05, 0.1\)"),
 }
 
@@ -128,6 +135,15 @@ def _norm_without_weight(model: Transformer) -> None:
     model.decoder.layers[1].norm2.weight = None
 
 
+def _compiled(model: Transformer) -> None:
+    model.encoder = torch.compile(model.encoder, backend="eager")
+    model.decoder.layers[0] = torch.compile(model.decoder.layers[0], backend="eager")
+
+
+def _with_more(model: Transformer) -> None:
+    model.more = nn.LayerNorm(3, eps=0.1)
+
+
 def _watched(model: Transformer) -> None:
     model.encoder.layers[0].register_forward_hook(lambda module, inputs, output: None)
     nn.utils.prune.random_unstructured(model.decoder.layers[0].feed_forward.linear1, "weight", 0.5)
@@ -137,6 +153,8 @@ def _watched(model: Transformer) -> None:
 # What the weights themselves tell, and so is followed.
 FOLLOWED = {
     "depth": _cut,
+    "compiled": _compiled,
+    "with_more": _with_more,
     "feed_forward_width": _narrowed,
     "without_biases": _without_biases,
     "eps": _another_eps,

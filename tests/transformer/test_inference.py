@@ -129,6 +129,7 @@ def test_what_the_configuration_does_not_describe_is_not_packed(name):
         PackedTransformer(model)
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch.compile looks
 @pytest.mark.parametrize("name", FOLLOWED)
 def test_what_the_weights_tell_is_packed(name):
     model = changed(tiny(), FOLLOWED[name])

@@ -370,6 +370,12 @@ def test_refused_arguments(options, arguments, message):
         search(Tables(2, 0).step, torch.tensor([4, 4]), SearchOptions(**options), **arguments)
 
 
+def test_a_prefix_may_be_padded_with_a_negative_number():
+    forced = torch.tensor([[4, 5], [3, -1]])
+    found = search(Tables(2, 0).step, torch.tensor([4, 4]), forced=forced, padding_idx=-1)
+    assert found.tokens[0, 0, :2].tolist() == [4, 5] and int(found.tokens[1, 0, 0]) == 3
+
+
 def test_samples_need_a_number_of_them():
     with pytest.raises(ValueError, match="num_samples must be at least 1"):
         search_samples(Tables(1, 0).step, torch.tensor([4]), SearchOptions())

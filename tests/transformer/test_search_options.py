@@ -78,7 +78,7 @@ def test_whole_numbers_of_other_libraries_become_ints(name):
 
 @pytest.mark.parametrize("name", NUMBERS)
 def test_numbers_become_floats(name):
-    for value in (1, numpy.float32(REAL[name]), numpy.float64(REAL[name]), numpy.int32(1)):
+    for value in (1, numpy.float32(REAL[name]), numpy.float64(REAL[name]), numpy.int32(1), torch.tensor(1.0)):
         assert type(getattr(made(name, value), name)) is float
     assert made(name, numpy.float32(REAL[name])) == made(name, REAL[name])
 

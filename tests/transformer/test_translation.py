@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import tracemalloc
 from itertools import islice
 
@@ -198,3 +199,10 @@ def test_options_by_name_change_those_given(translator):
     assert by_name == translator.translate(LINES, SearchOptions(max_length=9, beam_size=1))
     source = parallel_lines(5)[0]
     assert translator.translate(source) == translator.translate(source, SearchOptions())
+
+
+def test_a_prefix_without_room_says_so_out_of_another_process():
+    error = PrefixTooLong(2, 7, 5).of_line(9)
+    again = pickle.loads(pickle.dumps(error))
+    assert str(again) == str(error) == "the prefix of line 9 has 7 tokens, and its translation may have 5, eos counted"
+    assert again.line == 2

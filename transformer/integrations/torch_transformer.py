@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from numbers import Real
 from typing import Any
 
 import torch
@@ -72,8 +71,9 @@ def from_torch(
         if not isinstance(value, kind):
             raise TypeError(f"{name} must be a torch.nn.{kind.__name__}, got {type(value).__name__}")
     if embedding_scale is not None:
-        if not isinstance(embedding_scale, Real) or isinstance(embedding_scale, bool):
+        if isinstance(embedding_scale, (bool, str)) or not hasattr(embedding_scale, "__float__"):
             raise TypeError(f"embedding_scale must be a number, got {type(embedding_scale).__name__}")
+        embedding_scale = float(embedding_scale)
         if embedding_scale == 0 or not math.isfinite(embedding_scale):
             raise ValueError(f"embedding_scale must be finite and not 0, got {embedding_scale}")
     target_embedding = source_embedding if target_embedding is None else target_embedding
@@ -181,7 +181,8 @@ def _layer_options(layer: nn.Module, stack: str, where: str) -> dict[str, Any]:
 
 
 def _require(module: Any, kind: type, where: str) -> None:
-    """Torch's class or ours of the same name; others may compute something else."""
+    """Torch's class or ours of the same name, compiled or not; others may compute something else."""
+    module = getattr(module, "_orig_mod", module)
     if not isinstance(module, kind) or type(module).__name__ != kind.__name__:
         raise ValueError(f"{where} must be a torch.nn.{kind.__name__}, got {type(module).__name__}")
 
