@@ -4,7 +4,10 @@ toolkit is installed. Any other install downloads nothing but setuptools and pyb
 
 from __future__ import annotations
 
+import fcntl
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import cuda_toolkit
 import settings
@@ -34,8 +37,24 @@ def get_requires_for_build_editable(config_settings=None):
     return build_meta.get_requires_for_build_editable(config_settings) + _compiler_wheels()
 
 
+@contextmanager
+def _alone() -> Iterator[None]:
+    """One build of this tree at a time: two would pack, and delete, each other's files."""
+    folder = settings.ROOT / "build"
+    folder.mkdir(exist_ok=True)
+    with open(folder / ".lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # given back when the file is closed, by whatever end
+        yield
+
+
 def build_wheel(wheel_directory, config_settings=None, metadata_directory=None):
-    # setuptools adds to what an earlier build left there: a module that has since been deleted would ship again.
-    for left in (settings.ROOT / "build").glob("lib*"):
-        shutil.rmtree(left)
-    return build_meta.build_wheel(wheel_directory, config_settings, metadata_directory)
+    with _alone():
+        # setuptools adds to what an earlier build left there: a module that has since been deleted would ship again.
+        for left in (settings.ROOT / "build").glob("lib*"):
+            shutil.rmtree(left)
+        return build_meta.build_wheel(wheel_directory, config_settings, metadata_directory)
+
+
+def build_editable(wheel_directory, config_settings=None, metadata_directory=None):
+    with _alone():
+        return build_meta.build_editable(wheel_directory, config_settings, metadata_directory)

@@ -96,7 +96,7 @@ class Job:
                 self.log.write_text(done.stdout)
         else:
             done = subprocess.run(command, check=False)
-        if done.returncode:
+        if done.returncode or not part.exists():
             part.unlink(missing_ok=True)
             raise CompileError(f"{self.source.relative_to(ROOT)} did not compile")
         part.replace(self.target)  # whole or not at all
@@ -117,6 +117,11 @@ def texts(source: Path, csrc: Path | None = None) -> list[str]:
     return [f"{os.path.relpath(path, csrc)}\n{seen[path]}" for path in sorted(seen)]
 
 
+def host_compiler(command: list[str]) -> str:
+    """What nvcc may call itself, out of CXX: not a cache or a distributor ahead of it, as in "ccache g++"."""
+    return next((word for word in command if Path(word).name not in ("ccache", "sccache", "distcc")), command[0])
+
+
 def version_of(compiler: list[str]) -> str:
     """The first line of the compiler's --version; an error that says what to do where there is none."""
     if shutil.which(compiler[0]) is None:
@@ -131,7 +136,10 @@ class BuildNative(build_ext):
     def build_extension(self, ext) -> None:
         if sys.platform != "linux":
             raise PlatformError(f"fused-transformer compiles on Linux (x86-64 and aarch64), not on {sys.platform}")
-        self.compiler_command = shlex.split(os.environ.get("CXX", "")) or ["g++"]
+        try:
+            self.compiler_command = shlex.split(os.environ.get("CXX", "")) or ["g++"]
+        except ValueError as error:
+            raise PlatformError(f"CXX can't be read as a command: {error}, got {os.environ['CXX']!r}") from None
         self.compiler_version = version_of(self.compiler_command)
         self.toolkit = self._toolkit()
         self.archs = settings.cuda_archs() if self.toolkit else []
@@ -211,7 +219,7 @@ class BuildNative(build_ext):
             return
         user = shlex.split(os.environ.get("NVCCFLAGS", ""))
         host = ",".join(flag for flag in HOST_FLAGS if flag.startswith(("-f", "-W")))
-        flags = ["-std=c++17", "-O3", "--threads=1", f"-ccbin={self.compiler_command[0]}", f"-Xcompiler={host}", *user]
+        flags = ["-std=c++17", "-O3", "--threads=1", f"-ccbin={host_compiler(self.compiler_command)}", f"-Xcompiler={host}", *user]
         flags += ["-DFUSED_WITH_CUDA", "-Xptxas=-v"]
         if int(self.toolkit.version.partition(".")[0]) >= 13:  # which needs a driver that can unpack it anyway
             flags.append("--compress-mode=size")

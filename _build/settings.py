@@ -38,6 +38,8 @@ def cuda_archs() -> list[str]:
         codes.append(f"{(kind or 'sm_').lower()}{number}")
         if ptx:
             codes.append(f"compute_{number}")
+    if not codes:
+        raise SystemExit(f"FUSED_TRANSFORMER_CUDA_ARCHS must be a list like {DEFAULT_CUDA_ARCHS!r}, got {text!r}")
     # machine code first, PTX last; each once
     return sorted(dict.fromkeys(codes), key=lambda code: code.startswith("compute_"))
 

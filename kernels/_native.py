@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from types import ModuleType
 
 import torch  # before _C, so that both share torch's OpenMP pool
@@ -9,8 +10,8 @@ from torch import Tensor
 
 _C: ModuleType | None
 try:
-    from fused_transformer.kernels import _C  # type: ignore[attr-defined,no-redef]
-
+    # By its full name: `from kernels import _C`, amid the import of kernels itself, would speak of a circular import.
+    _C = import_module("fused_transformer.kernels._C")
     _missing = None
 except ImportError as error:
     _C = None

@@ -42,7 +42,7 @@ def test_architectures_are_read_in_every_usual_spelling(monkeypatch, text, expec
     assert settings.cuda_archs() == expected
 
 
-@pytest.mark.parametrize("text", ["hopper", "80;sm90x", "8", "80-90"])
+@pytest.mark.parametrize("text", ["hopper", "80;sm90x", "8", "80-90", ";"])
 def test_what_is_no_architecture_is_refused(monkeypatch, text):
     monkeypatch.setenv("FUSED_TRANSFORMER_CUDA_ARCHS", text)
     with pytest.raises(SystemExit, match="FUSED_TRANSFORMER_CUDA_ARCHS must be a list like"):
@@ -175,6 +175,20 @@ def test_a_source_that_does_not_compile_leaves_no_object(csrc):
     finally:
         native.ROOT = native_root
     assert list(job.target.parent.iterdir()) == []
+
+
+def test_nvcc_gets_the_compiler_and_not_what_caches_it():
+    assert native.host_compiler(["ccache", "g++-12", "-m64"]) == "g++-12"
+    assert native.host_compiler(["/usr/bin/ccache", "/opt/bin/clang++"]) == "/opt/bin/clang++"
+    assert native.host_compiler(["ccache"]) == "ccache"
+
+
+def test_a_compiler_that_makes_nothing_is_an_error(tmp_path, monkeypatch):
+    monkeypatch.setenv("FUSED_TRANSFORMER_OBJECTS", str(tmp_path / "objects"))
+    (tmp_path / "objects").mkdir()
+    job = native.Job(settings.ROOT / "csrc" / "bindings.cpp", "", ["true"], [])
+    with pytest.raises(native.CompileError, match=r"csrc/bindings\.cpp did not compile"):
+        job.run()
 
 
 def test_a_missing_compiler_says_what_to_install():

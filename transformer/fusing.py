@@ -63,8 +63,8 @@ def fuse(model: nn.Module, *, keep: Iterable[str] = (), skip_padding: bool = Fal
         model: any module, compiled or not.
         keep: names of modules to leave alone with all that is in them, as named_modules gives them; "*" matches
             anything: ("decoder", "*.norm1").
-        skip_padding: let the encoders and decoders swapped work on the real tokens alone, on a CPU; rows of padding
-            come out as 0 then. See `fused_transformer.nn.TransformerEncoder`.
+        skip_padding: let the encoders and decoders swapped, and those that are ours already, work on the real tokens
+            alone, on a CPU; rows of padding come out as 0 then. See `fused_transformer.nn.TransformerEncoder`.
 
     Returns:
         The report; print it.
@@ -75,6 +75,8 @@ def fuse(model: nn.Module, *, keep: Iterable[str] = (), skip_padding: bool = Fal
         pattern = next((p for p in keep if _within(name, p)), None)
         theirs = stood_in_for(module)
         if theirs is None:
+            if skip_padding and pattern is None and isinstance(module, (TransformerEncoder, TransformerDecoder)):
+                module.skip_padding = True  # ours already
             continue
         why = f"keep has {pattern!r}" if pattern is not None else why_not(module, theirs)
         if why is not None:
@@ -92,16 +94,21 @@ def fuse(model: nn.Module, *, keep: Iterable[str] = (), skip_padding: bool = Fal
 def unfuse(model: nn.Module) -> FuseReport:
     """Undo `fuse`: the modules it swapped, in this model or in one this is a copy of, are torch.nn's again.
 
-    Modules that were made as ours stay so. What a pickle of the result loads needs this package no more.
+    Modules that were made as ours stay so, and so do those whose class has changed since (by a parametrization, by
+    fully_shard), which the report names. What a pickle of the rest loads needs this package no more.
     """
-    swapped = []
+    swapped, kept = [], []
     for name, module in model.named_modules():
-        if module.__dict__.get(MARK):
-            delattr(module, MARK)
-            module.__dict__.pop("skip_padding", None)
-            release(module)
-            swapped.append(Part(name, type(module).__name__))
-    return FuseReport(tuple(swapped), ())
+        if not module.__dict__.get(MARK):
+            continue
+        if type(module) not in OURS.values():  # and it keeps its mark, to be undone later
+            kept.append(Part(name, type(module).__name__, "of another class since: undo what changed it first"))
+            continue
+        delattr(module, MARK)
+        module.__dict__.pop("skip_padding", None)
+        release(module)
+        swapped.append(Part(name, type(module).__name__))
+    return FuseReport(tuple(swapped), tuple(kept))
 
 
 def stood_in_for(module: nn.Module) -> type[nn.Module] | None:
@@ -117,7 +124,7 @@ def why_not(module: nn.Module, theirs: type[nn.Module]) -> str | None:
     """Why `module` can't become ours, in one sentence; None if it can."""
     kind = type(module)
     if isinstance(module, torch.jit.ScriptModule):
-        return "compiled by TorchScript: call fuse before torch.jit.script"
+        return "compiled by TorchScript, which can't compile ours: torch.jit.trace can"
     if parametrize.is_parametrized(module):
         names = ", ".join(module.parametrizations)  # type: ignore[arg-type]
         return f"has parametrizations of {names}: call fuse before registering them"

@@ -22,7 +22,9 @@ def layer_norm(x, residual, x_bias, weight, bias, seed, eps, dropout_p, rms, wan
         x, residual = x.to(wider), residual.to(wider)
     seed = seed_for(x, dropout_p, seed)
     tensors = (x, residual, x_bias, weight, bias)
-    wants_backward = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    # torch.jit.trace checks a trace by another one without gradients, whose nodes must be the same
+    with_gradients = torch.is_grad_enabled() or torch._C._get_tracing_state() is not None
+    wants_backward = with_gradients and any(t is not None and t.requires_grad for t in tensors)
     y, total, _, _ = _layer_norm(*tensors, seed, eps, dropout_p, rms, wants_total, wants_backward)
     return (y, total) if wants_total else y
 

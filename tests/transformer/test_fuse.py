@@ -8,6 +8,7 @@ import pickle
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 
 from fused_transformer import MultiheadAttention, Transformer, TransformerConfig, fuse, unfuse
 from fused_transformer import nn as ours_nn
@@ -194,6 +195,27 @@ def test_copies_of_a_fused_model_can_be_unfused(duplicate):
     assert type(model.pool) is MultiheadAttention
     with torch.no_grad():
         torch.testing.assert_close(twin(TOKENS), model(TOKENS))
+
+
+def test_what_has_another_class_since_is_undone_later():
+    model = nn.Sequential(nn.LayerNorm(E), nn.LayerNorm(E))
+    fuse(model)
+    parametrize.register_parametrization(model[1], "weight", nn.Identity())
+    report = unfuse(model)
+    assert [part.name for part in report.swapped] == ["0"]
+    assert [(part.name, part.why) for part in report.kept] == [
+        ("1", "of another class since: undo what changed it first")
+    ]
+    assert type(model[0]) is nn.LayerNorm
+    parametrize.remove_parametrizations(model[1], "weight")
+    assert [part.name for part in unfuse(model).swapped] == ["1"]
+    assert type(model[1]) is nn.LayerNorm
+
+
+def test_norms_of_nothing_are_torchs():
+    for norm in (nn.LayerNorm(0), nn.RMSNorm(0)):
+        fuse(norm)
+        assert norm(torch.ones(3, 0)).shape == (3, 0)
 
 
 def test_what_was_made_as_ours_is_no_business_of_either():

@@ -118,7 +118,14 @@ def test_quantised_modules_are_left_alone():
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning", "ignore:.*torch.jit:FutureWarning")
 def test_torchscript_is_left_alone():
     model = nn.Sequential(torch.jit.script(nn.LayerNorm(E)))
-    assert why(model, "0") == "compiled by TorchScript: call fuse before torch.jit.script"
+    assert why(model, "0") == "compiled by TorchScript, which can't compile ours: torch.jit.trace can"
+
+
+def test_skip_padding_reaches_stacks_that_are_ours_already():
+    model = make(nn, "transformer")
+    fuse(model)
+    fuse(model, keep=["decoder"], skip_padding=True)
+    assert model.encoder.skip_padding is True and "skip_padding" not in model.decoder.__dict__
 
 
 def test_a_replaced_forward_is_left_alone():

@@ -81,6 +81,14 @@ def test_attention_of_a_sequence_to_itself_and_to_another(batch_first, mode):
         torch.testing.assert_close(other(*three), module(*three))
 
 
+@pytest.mark.parametrize("what", ["norm", "encoder_layer", "decoder_layer"])
+def test_torchs_own_check_of_a_trace_passes(what):
+    """It traces again without gradients, and compares the nodes."""
+    module = (nn.Sequential(ours_nn.LayerNorm(E)) if what == "norm" else make(ours_nn, what)).eval()
+    inputs = [normal(B, L, E)] + [normal(B, S, E)] * (what == "decoder_layer")
+    torch.testing.assert_close(torch.jit.trace(module, tuple(inputs))(*inputs), module(*inputs))
+
+
 def test_gradients_flow_through_a_graph():
     module = make(ours_nn, "encoder_layer")
     graph, x, upstream = traced(module, normal(B, L, E)), normal(2, 5, E), normal(2, 5, E)

@@ -27,7 +27,7 @@ class LayerNorm(nn.LayerNorm):
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        if input.is_nested:
+        if input.is_nested or 0 in self.normalized_shape:
             return super().forward(input)
         x = as_one_axis(input, self.normalized_shape)
         y = layer_norm(x, flat(self.weight), flat(self.bias), eps=self.eps)
@@ -44,7 +44,7 @@ class RMSNorm(nn.RMSNorm):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.is_nested:
+        if x.is_nested or 0 in self.normalized_shape:
             return super().forward(x)
         rows = as_one_axis(x, self.normalized_shape)
         eps = self.eps
