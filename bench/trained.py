@@ -3,9 +3,8 @@
     python -m bench.trained --model DIR --source FILE --reference FILE [--output FILE]
 
 The model is what `python -m fused_transformer train` wrote. Both engines search 4 beams by CTranslate2's rules: a
-sentence is done with its first 4 finished hypotheses, ranked by log-probability / length ** penalty, once with its
-default of 1 and once with 0. Its length leaves eos out, and so does ours here. Nothing is timed: that is
-`bench.ctranslate2`'s part.
+sentence is done with its first 4 finished hypotheses, ranked by log-probability / length ** penalty, eos counted, once
+with its default of 1 and once with 0. Nothing is timed here: that is `bench.ctranslate2`'s part.
 """
 
 from __future__ import annotations
@@ -58,7 +57,7 @@ def ours(model: Transformer, tokenizer: Tokenizer, lines: Sequence[str], weights
     options = SearchOptions(
         beam_size=BEAM_SIZE,
         length_penalty=penalty,
-        penalty="ctranslate2",
+        penalty="power",
         patience=1.0,
         max_length=LONGEST,
         max_length_beyond_source=LONGEST,

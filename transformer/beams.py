@@ -97,8 +97,9 @@ def search_beams(
     (stop_early, as for top_beams = 1) or the worst of a full finished list. Where nothing finished, the alive
     hypotheses are returned with their plain log-probabilities as scores.
 
-    With `patience` an extension that ends counts if fewer than beam_size likelier ones live on, and a sentence is done
-    with its first round(beam_size * patience) finished hypotheses, which are all kept.
+    With `patience` an extension that ends counts if it is among the beam_size likeliest, whether these end or live on
+    (as in fairseq, Hugging Face and CTranslate2), and a sentence is done with its first round(beam_size * patience)
+    finished hypotheses, which are all kept.
 
     Args:
         step: gives the logits of the next token, see `search.py`.
@@ -132,6 +133,7 @@ def search_beams(
     alive = _start(sentences, beam_size, bos_idx)
     alive.scores[:, 0] = 0.0  # one hypothesis so far: equal ones would fill the list with copies
     parents = torch.arange(alive.scores.numel(), device=sentences.device).view(alive.scores.shape)
+    among_the_first = torch.arange(2 * beam_size, device=sentences.device) < beam_size
     # What changes only when a sentence leaves.
     first_rows, rows, limits = parents[:, :1], sentences.repeat_interleave(beam_size), max_lengths
     limit_penalties = options.penalise(limits.double())
@@ -157,7 +159,7 @@ def search_beams(
         arriving = ended & (likeliest > NEVER)
         if options.patience is not None:
             room = capacity - (finished.scores > NEVER).sum(1, keepdim=True)
-            arriving &= (~ended).cumsum(1) < beam_size
+            arriving &= among_the_first
             arriving &= arriving.cumsum(1) <= room
         if arriving.any():
             scores = (likeliest / options.penalise(length)).masked_fill(~arriving, NEVER)

@@ -100,8 +100,7 @@ def _add_search(group: argparse._ArgumentGroup) -> None:
         "--penalty",
         choices=PENALTIES,
         default=default.penalty,
-        help="log-probabilities are divided by ((5 + length) / 6)^alpha, by length^alpha, or by that "
-        "without eos, as CTranslate2 does (default: %(default)s)",
+        help="log-probabilities are divided by ((5 + length) / 6)^alpha, or by length^alpha (default: %(default)s)",
     )
     group.add_argument(
         "--patience",

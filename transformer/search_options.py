@@ -7,7 +7,7 @@ import operator
 from dataclasses import dataclass
 from typing import Any
 
-PENALTIES = ("gnmt", "power", "ctranslate2")
+PENALTIES = ("gnmt", "power")
 
 # What each option is; strings and suppress_tokens are looked at by themselves.
 INTEGERS = (
@@ -25,7 +25,6 @@ class SearchOptions:
 
         score(y) = log p(y | x) / penalty(|y|)                              |y| counts eos
         penalty(n) = ((5 + n) / 6) ** length_penalty   "gnmt"        n ** length_penalty   "power"
-                     max(n - 1, 1) ** length_penalty   "ctranslate2"
 
     Where an option forbids tokens (min_length, no_repeat_ngram_size, suppress_tokens, a forced prefix), probabilities
     are over the tokens that are left: the logits of the others become -inf ahead of the softmax, as in CTranslate2 and
@@ -37,8 +36,8 @@ class SearchOptions:
         top_beams: translations returned, best first; at most beam_size. (num_return_sequences in Hugging Face,
             num_hypotheses in CTranslate2.)
         length_penalty: the exponent, not negative; 0 ranks by log-probability, higher favours longer translations.
-        penalty: "gnmt" is Wu et al.'s and tensor2tensor's; "power" that of Hugging Face and fairseq;
-            CTranslate2's does not count eos.
+        penalty: "gnmt" is Wu et al.'s and tensor2tensor's; "power" that of Hugging Face, fairseq and
+            CTranslate2.
         stop_early: when a sentence is done, tensor2tensor's rules: True, when no alive hypothesis can still beat the
             best finished one; False, the worst of a full list of finished ones. None: True where top_beams is 1.
         patience: instead of that, a sentence is done with its first round(beam_size · patience) finished hypotheses;
@@ -120,11 +119,7 @@ class SearchOptions:
 
     def penalise(self, length):
         """penalty(length), for a number or a tensor of them."""
-        if self.penalty == "gnmt":
-            length = (5.0 + length) / 6.0
-        elif self.penalty == "ctranslate2":
-            length = length - 1 + (length <= 1)
-        return length**self.length_penalty
+        return (length if self.penalty == "power" else (5.0 + length) / 6.0) ** self.length_penalty
 
     def _check_types(self) -> None:
         """Each option becomes Python's own int, float or bool, or it is refused."""

@@ -121,11 +121,12 @@ def beams(model: Logits, longest: int, options: SearchOptions, forced: Sequence[
         else:
             wanted = math.floor(k * options.patience + 0.5)
             alive = []
-            for total, tokens, chosen in candidates:
+            for rank, (total, tokens, chosen) in enumerate(candidates):
                 if len(alive) == k or len(finished) == wanted:
                     break
                 if tokens[-1] == EOS:
-                    finished.append((total / options.penalise(length), tokens, chosen))
+                    if rank < k:
+                        finished.append((total / options.penalise(length), tokens, chosen))
                 else:
                     alive.append((total, tokens, chosen))
             if len(finished) == wanted or not alive:

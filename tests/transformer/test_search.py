@@ -95,7 +95,7 @@ def test_greedy_with_every_constraint(problem):
         beam_size=st.integers(2, 5),
         top_beams=st.integers(1, 2),
         length_penalty=st.sampled_from([0.0, 0.6, 1.0, 2.5]),
-        penalty=st.sampled_from(["gnmt", "power", "ctranslate2"]),
+        penalty=st.sampled_from(["gnmt", "power"]),
         stopping=st.sampled_from([{}, {"stop_early": True}, {"stop_early": False}]
                                  + [{"patience": patience} for patience in (0.5, 1.0, 1.5, 3.0)]),
     )
@@ -321,7 +321,7 @@ def test_a_key_is_of_the_sentence_alone():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"penalty": "wu"}, "penalty must be one of 'gnmt', 'power', 'ctranslate2', got 'wu'"),
+        ({"penalty": "wu"}, "penalty must be one of 'gnmt', 'power', got 'wu'"),
         ({"patience": 0.0}, "patience must be finite and positive"),
         ({"patience": 1.0, "stop_early": True}, "give one of them"),
         ({"patience": 0.4, "top_beams": 3}, r"ends with 2 finished hypotheses, fewer than top_beams \(3\)"),
@@ -374,12 +374,6 @@ def test_a_prefix_may_be_padded_with_a_negative_number():
     forced = torch.tensor([[4, 5], [3, -1]])
     found = search(Tables(2, 0).step, torch.tensor([4, 4]), forced=forced, padding_idx=-1)
     assert found.tokens[0, 0, :2].tolist() == [4, 5] and int(found.tokens[1, 0, 0]) == 3
-
-
-def test_ctranslate2s_penalty_leaves_eos_out():
-    options = SearchOptions(penalty="ctranslate2", length_penalty=2.0)
-    assert [options.penalise(n) for n in (1, 2, 3, 5)] == [1, 1, 4, 16]
-    assert options.penalise(torch.tensor([1.0, 2, 3, 5])).tolist() == [1, 1, 4, 16]
 
 
 def test_samples_need_a_number_of_them():
