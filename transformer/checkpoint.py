@@ -45,6 +45,15 @@ def _digest(tensors: dict[str, Tensor], state: str) -> str:
     return digest.hexdigest()
 
 
+def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors that share no memory, as those of layers tied by hand do: safetensors does not write such."""
+    taken: set[int] = set()
+    for name, x in tensors.items():
+        tensors[name] = x.clone() if x.untyped_storage().data_ptr() in taken else x
+        taken.add(x.untyped_storage().data_ptr())
+    return tensors
+
+
 def write_file(path: str | Path, tensors: dict[str, Tensor], state: State) -> None:
     """Write tensors and a JSON-ready state to `path`, whole or not at all.
 
@@ -52,7 +61,7 @@ def write_file(path: str | Path, tensors: dict[str, Tensor], state: State) -> No
         OSError: the folder can't be written to, or is full; a file that was at `path` is still there.
     """
     path = Path(path)
-    tensors = {name: x.detach().cpu().contiguous() for name, x in tensors.items()}
+    tensors = _apart({name: x.detach().cpu().contiguous() for name, x in tensors.items()})
     text = json.dumps(state)
     metadata = {"format": FORMAT, "version": str(VERSION), "state": text, "sha256": _digest(tensors, text)}
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
@@ -107,7 +116,8 @@ def save_model(path: str | Path, model: Transformer, tokenizer: Tokenizer | None
     """Write a model to one safetensors file: weights in their dtypes, configuration, and the tokenizer if given.
 
     Any program that reads safetensors can read it: the weights are "model.<name in the state_dict>", the configuration
-    is JSON under "state" of the metadata.
+    is JSON under "state" of the metadata. What is tied by hand, such as one layer in two places, is written as copies:
+    the loaded model computes the same and is not tied.
 
     Raises:
         OSError: it could not be written; a file that was at `path` is still there, whole.

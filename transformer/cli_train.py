@@ -157,6 +157,7 @@ def _check(options: argparse.Namespace) -> None:
             raise ValueError(f"--{kind}-source and --{kind}-target go together, but only one was given")
     for name in ("steps", "minutes", "every", "bleu_sentences", "log_every", "threads"):
         value = getattr(options, name)
+        presets.check_finite(name, value)
         if value is not None and not value > 0:
             raise ValueError(f"--{name.replace('_', '-')} must be positive, got {value}")
 

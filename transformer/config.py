@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
@@ -34,6 +35,7 @@ class TransformerConfig:
         padding_idx, bos_idx, eos_idx: the special tokens' numbers.
 
     Raises:
+        TypeError: a field is of another type; the numbers among them may be of torch or NumPy.
         ValueError: a number out of range, or two that contradict each other.
 
     Source: Vaswani et al. 2017, table 3; section 3.4 for the shared table.
@@ -71,10 +73,14 @@ class TransformerConfig:
         if self.d_model % self.num_heads:
             raise ValueError(f"num_heads must divide d_model, got {self.num_heads} and {self.d_model}")
         for name in ("dropout", "attention_dropout", "activation_dropout"):
+            self._make_float(name)
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise ValueError(f"{name} must be at least 0 and below 1, got {getattr(self, name)}")
-        if not self.layer_norm_eps > 0.0:
-            raise ValueError(f"layer_norm_eps must be positive, got {self.layer_norm_eps}")
+        self._make_float("layer_norm_eps")
+        if not 0.0 < self.layer_norm_eps < math.inf:
+            raise ValueError(f"layer_norm_eps must be positive and finite, got {self.layer_norm_eps}")
+        if not isinstance(self.norm_first, bool):
+            raise TypeError(f"norm_first must be a bool, got {type(self.norm_first).__name__}")
         self._check_choice("positions", (*POSITIONS, None))
         self._check_choice("activation", tuple(ACTIVATIONS))
         self._check_choice("tie_embeddings", ("shared", "target", "separate"))
@@ -107,6 +113,16 @@ class TransformerConfig:
             raise TypeError(f"{name} must be an int, got {type(value).__name__}")
         if value < at_least:
             raise ValueError(f"{name} must be at least {at_least}, got {value}")
+
+    def _make_float(self, name: str) -> None:
+        """A number of any library as Python's, which JSON takes; a string is none, though float() would read it."""
+        value = getattr(self, name)
+        try:
+            if not hasattr(value, "__float__"):
+                raise TypeError
+            object.__setattr__(self, name, float(value))
+        except (TypeError, ValueError, RuntimeError):  # the latter two of an array or tensor of several numbers
+            raise TypeError(f"{name} must be a number, got {type(value).__name__}") from None
 
     def _check_choice(self, name: str, choices: tuple) -> None:
         if getattr(self, name) not in choices:

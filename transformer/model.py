@@ -15,7 +15,7 @@ from fused_transformer.embedding import TokenEmbedding
 from fused_transformer.incremental import DecoderState
 from fused_transformer.layer_running import run_layer
 from fused_transformer.layers import DecoderLayer, EncoderLayer
-from fused_transformer.masks import lengths_if_padded_right, real_lengths, require_rows
+from fused_transformer.masks import may_look, real_lengths, require_rows
 from fused_transformer.packing import pack_memory, packing_if_worth_it
 from fused_transformer.plain import plain
 from fused_transformer.products import applied, linear
@@ -154,14 +154,15 @@ class Transformer(nn.Module):
                 from the padding where the tokens are on the CPU.
 
         Raises:
-            ValueError: tokens are not 2-D, differ in their batch, or have padding ahead of a token.
+            ValueError: tokens are not 2-D, differ in their batch, or have padding ahead of a token (looked for where
+                the lengths are not given, and on the CPU only).
         """
         require_rows("source_tokens", source_tokens)
         require_rows("target_tokens", target_tokens)
         if source_lengths is None:
             source_lengths = self.lengths(source_tokens)
         if target_lengths is None:
-            target_lengths = lengths_if_padded_right(target_tokens != self.config.padding_idx)
+            target_lengths = self.lengths(target_tokens) if may_look(target_tokens) else None
         memory = self.encode(source_tokens, source_lengths)
         return self.project(self.decode(target_tokens, memory, source_lengths, target_lengths))
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -22,7 +24,7 @@ class NoamLR(LRScheduler):
         last_epoch: steps already done, -1 for none.
 
     Raises:
-        ValueError: d_model, warmup_steps or factor is not positive.
+        ValueError: d_model, warmup_steps or factor is not positive, or is infinite.
 
     Source: Vaswani et al. 2017, eq. 3.
     """
@@ -33,6 +35,8 @@ class NoamLR(LRScheduler):
         for name, value in (("d_model", d_model), ("warmup_steps", warmup_steps), ("factor", factor)):
             if not value > 0:
                 raise ValueError(f"{name} must be positive, got {value}")
+            if not math.isfinite(value):
+                raise ValueError(f"{name} must be finite, got {value}")
         self.d_model, self.warmup_steps, self.factor = d_model, warmup_steps, factor
         super().__init__(optimizer, last_epoch)
 

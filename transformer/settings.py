@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from dataclasses import fields
 from typing import Any
 
@@ -95,12 +96,15 @@ def chosen(arguments: argparse.Namespace, saved: Settings | None = None) -> Sett
     """The settings of a new training, or those of a `saved` one, which the arguments must not contradict.
 
     Raises:
-        ValueError: an argument differs from what the training was begun with; the message names each.
+        ValueError: an argument is infinite or no number, or differs from what the training was begun with; the message
+            names each.
     """
     names = [name for table in GROUPS.values() for name in table]
     if saved is not None:  # what older checkpoints do not know was as it is by default
         saved = {**{field.name: field.default for field in fields(TrainingOptions)}, **saved}
     given = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
+    for name, x in given.items():
+        check_finite(name, x)
     if saved is None:
         return {**PRESETS[arguments.preset or "base"], **given}
     if arguments.preset:
@@ -120,6 +124,12 @@ def model_config(settings: Settings, vocab_size: int) -> TransformerConfig:
 def training_options(settings: Settings) -> TrainingOptions:
     """The training options of these settings."""
     return TrainingOptions(**{name: settings[name] for name in TRAINING})
+
+
+def check_finite(name: str, value: Any) -> None:
+    """ValueError for an option's value that is infinite or NaN."""
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{_option(name)} must be a finite number, got {value}")
 
 
 def _option(name: str) -> str:

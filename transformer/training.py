@@ -83,7 +83,7 @@ class Trainer:
         grad_norm: the gradient's norm in the last step, ahead of clipping.
 
     Raises:
-        ValueError: precision "float16" on a CPU.
+        ValueError: precision "float16" on a CPU, or the corpus has other special tokens than the model.
 
     Source: Vaswani et al. 2017, section 5; the scaled loss: Micikevicius et al. 2018, arXiv:1710.03740.
     """
@@ -103,6 +103,7 @@ class Trainer:
         self.step, self.tokens, self.grad_norm = 0, 0, 0.0
         self.device = next(model.parameters()).device
         _check_precision(options.precision, self.device)
+        _check_special_tokens(model, corpus)
         self.optimizer = torch.optim.Adam(model.parameters(), betas=(0.9, 0.98), eps=1e-9, fused=True)
         self.schedule = NoamLR(self.optimizer, model.config.d_model, options.warmup_steps, options.learning_rate_factor)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=options.precision == "float16")
@@ -251,3 +252,17 @@ class Trainer:
 def _check_precision(precision: str, device: torch.device) -> None:
     if precision == "float16" and device.type != "cuda":
         raise ValueError(f"precision float16 is for GPUs, and the model is on {device}: bfloat16 is for both")
+
+
+def _check_special_tokens(model: Transformer, corpus: Corpus) -> None:
+    """The loss would count padding, or the decoder begin with a token that generation never gives it."""
+    if not len(corpus):
+        return
+    found = {
+        "padding_idx": corpus.padding_idx,
+        "bos_idx": int(corpus.target.tokens[0]),
+        "eos_idx": int(corpus.source.tokens[-1]),
+    }
+    for name, value in found.items():
+        if value != getattr(model.config, name):
+            raise ValueError(f"the corpus has {name} {value}, and the model {getattr(model.config, name)}")

@@ -53,16 +53,21 @@ class TrainingLog:
         self._failed = False
         self._forget()
 
-    def begin(self, step: int) -> None:
+    def begin(self, step: int, *, averaged: bool = False) -> None:
         """Go on behind `step`: what a training that got further wrote about later steps is taken out.
 
         So is what it says of an average at this step, as that is made anew. A line that is no entry, such as a last one
         torn by a crash, goes too.
 
+        Args:
+            step: the last one that is done; 0: a new log.
+            averaged: the average at this step is made already, and stays.
+
         Raises:
             OSError: the file can't be written.
         """
-        kept = [entry for entry in read_log(self.path) if _belongs(entry, step)] if self.path.exists() and step else []
+        found = read_log(self.path) if self.path.exists() and step else []
+        kept = [entry for entry in found if _belongs(entry, step, averaged)]
         self.path.parent.mkdir(parents=True, exist_ok=True)
         unfinished = self.path.with_name(f".{self.path.name}.{os.getpid()}.unfinished")
         try:
@@ -106,6 +111,10 @@ class TrainingLog:
         }
         self._forget()
         self._add("step", step, seconds, values)
+
+    def on_skipped_step(self, *, took: float) -> None:
+        """Note the seconds of a step that was left out, which the tokens per second of the next entry count."""
+        self._took += took
 
     def on_validation(self, step: int, *, seconds: float, loss: float, bleu: float, averaged: int = 0) -> None:
         """An entry for a validation: of the model as it is, or of an average of so many checkpoints."""
@@ -186,8 +195,8 @@ def _line(entry: Entry) -> bytes:
     return json.dumps(entry).encode() + b"\n"
 
 
-def _belongs(entry: Entry, step: int) -> bool:
-    return entry["step"] < step or (entry["step"] == step and entry["kind"] != "average")
+def _belongs(entry: Entry, step: int, averaged: bool) -> bool:
+    return entry["step"] < step or (entry["step"] == step and (averaged or entry["kind"] != "average"))
 
 
 def _summary_writer() -> Any:

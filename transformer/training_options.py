@@ -26,6 +26,7 @@ class TrainingOptions:
         seed: of weights, dropout and the order of the batches.
 
     Raises:
+        TypeError: a number that must be whole is no int.
         ValueError: a number out of range, or an unknown precision.
     """
 
@@ -40,6 +41,10 @@ class TrainingOptions:
     seed: int = 1
 
     def __post_init__(self) -> None:
+        for name in ("max_tokens", "accumulate", "warmup_steps", "pool_size", "seed"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool):
+                raise TypeError(f"{name} must be an int, got {type(value).__name__}")
         for name in ("max_tokens", "accumulate", "warmup_steps", "learning_rate_factor", "pool_size"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")

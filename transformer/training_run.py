@@ -33,12 +33,14 @@ class Progress:
 
     seconds: time spent in `TrainingRun.run`, all of it, over all resumptions.
     validated: the step of the last validation.
+    averaged: the step at whose end the last average was made and measured.
     best: "step", "loss" and "bleu" of the best checkpoint, None as long as there is none.
     history: the same of each validation, with "seconds" and "train_loss".
     """
 
     seconds: float = 0.0
     validated: int = 0
+    averaged: int = 0
     best: dict[str, Any] | None = None
     history: list[dict[str, Any]] = field(default_factory=list)
 
@@ -47,8 +49,9 @@ class TrainingRun:
     """Trains until a number of steps or minutes, and keeps checkpoints in a folder.
 
     `last.safetensors` holds everything to go on; `best.safetensors` the model with the highest BLEU on the validation
-    set (the lower loss wins a tie), or, without one, the last. At the end the weights of the last `average` validations
-    are averaged, and become the best if their BLEU is the highest.
+    set (the lower loss wins a tie), or, without one, the last; a training that goes on without one keeps the best there
+    is. At the end the weights of the last `average` validations are averaged, and become the best if their BLEU is the
+    highest.
 
     Where several processes train together, each has a run of its own; the first validates and writes. A checkpoint
     that cannot be written during the training, as on a full disk, is reported and the one before it stays; the training
@@ -138,10 +141,13 @@ class TrainingRun:
             return not any(processes.sums([stop.requested]))
 
     def _train_step(self, begun: float) -> None:
-        trainer, tokens, start = self.trainer, self.trainer.tokens, time.monotonic()
+        trainer, step, tokens, start = self.trainer, self.trainer.step, self.trainer.tokens, time.monotonic()
         self._losses.append(trainer.train_step())
         if self.log is not None:
             now = time.monotonic()
+            if trainer.step == step:  # float16 overflowed: this was no step, and the one ahead of it has its entry
+                self.log.on_skipped_step(took=now - start)
+                return
             self.log.on_step(
                 trainer.step,
                 seconds=now - begun,
@@ -167,7 +173,7 @@ class TrainingRun:
         for path in left:
             path.unlink(missing_ok=True)
         if self.log is not None:
-            self.log.begin(self.trainer.step)
+            self.log.begin(self.trainer.step, averaged=self.progress.averaged == self.trainer.step)
 
     def _snapshots(self) -> list[Path]:
         return sorted((self.folder / SNAPSHOTS).glob("step-*.safetensors"))
@@ -259,11 +265,18 @@ class TrainingRun:
 
     def _finish(self, stop: StopSignal) -> None:
         """Average the snapshots, if there are, and see whether that is better."""
+        best, step = self.progress.best, self.trainer.step
         if self.validation is None:
-            self._save(BEST)
+            if best is None or not (self.folder / BEST).exists():
+                self._save(BEST)
+            else:
+                self.say(
+                    f"{BEST} stays that of step {best['step']}, BLEU {best['bleu']:.2f}, as nothing was validated now; "
+                    f"the weights of step {step} are in {LAST}"
+                )
             return
         paths = self._snapshots()
-        if self.average < 2 or len(paths) < 2:
+        if self.average < 2 or len(paths) < 2 or not self._may_average():
             return
         model = self.trainer.model
         trained = {name: x.clone() for name, x in model.state_dict().items()}
@@ -275,7 +288,7 @@ class TrainingRun:
         measured = self._measure(stop)
         if measured is not None:
             loss, bleu = measured
-            entry: dict[str, Any] = {"step": self.trainer.step, "loss": loss, "bleu": bleu, "averaged": len(paths)}
+            entry: dict[str, Any] = {"step": step, "loss": loss, "bleu": bleu, "averaged": len(paths)}
             if self.log is not None:
                 self.log.on_validation(**entry, seconds=self.progress.seconds)
             better = self._keep_if_best(entry)
@@ -283,6 +296,14 @@ class TrainingRun:
                 f"average of the last {len(paths)}  valid loss {loss:.3f}  BLEU {bleu:.2f}{'  best' if better else ''}"
             )
         model.load_state_dict(trained)
+        if measured is not None:  # known to the training that goes on from here, or a worse model would become the best
+            self.progress.averaged = step
+            self._save(LAST, whole=True)
+
+    def _may_average(self) -> bool:
+        """Whether this step was validated, and its average is still to be made: not an earlier run's once more."""
+        history, step = self.progress.history, self.trainer.step
+        return bool(history) and history[-1]["step"] == step and self.progress.averaged != step
 
 
 def averaged_weights(paths: list[Path]) -> dict[str, torch.Tensor]:

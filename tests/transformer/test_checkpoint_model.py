@@ -60,6 +60,17 @@ def test_parts_beyond_the_configuration_come_back(tmp_path):
     assert torch.equal(loaded(SOURCE, TARGET), model.eval()(SOURCE, TARGET))
 
 
+def test_what_was_tied_by_hand_is_saved_in_copies(tmp_path):
+    model = tiny(tie_embeddings="separate").eval()
+    model.decoder.layers[1] = model.decoder.layers[0]
+    model.output_projection.weight = model.source_embedding.weight
+    save_model(tmp_path / "model", model)
+    loaded = load_model(tmp_path / "model")
+    assert_same(loaded, model)
+    assert torch.equal(loaded(SOURCE, TARGET), model(SOURCE, TARGET))
+    assert loaded.decoder.layers[1] is not loaded.decoder.layers[0]
+
+
 def test_added_parts_change_nothing_twice():
     model = tiny(tie_embeddings="separate")
     add_final_norm(model, "encoder")

@@ -207,6 +207,9 @@ def test_refused_texts(tmp_path, capsys):
     assert "--valid-source and --valid-target go together" in refused(None, None, "--valid-source", source)
     assert "--steps must be positive" in refused(None, None, "--steps", "0")
     assert "--log-every must be positive" in refused(None, None, "--log-every", "0")
+    for option in ("--minutes", "--learning-rate-factor", "--clip-norm", "--dropout", "--label-smoothing"):
+        for value in ("inf", "nan"):
+            assert f"{option} must be a finite number, got {value}" in refused(None, None, option, value)
     err = refused_training(capsys, "--source", str(tmp_path / "nowhere"), "--target", target, "--output", output)
     assert "No such file" in err and "nowhere" in err
     assert not os.path.exists(output), "nothing is made ahead of an error"

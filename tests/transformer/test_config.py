@@ -10,6 +10,7 @@ import pickle
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 
@@ -80,6 +81,8 @@ def test_config_goes_through_json():
         ({"dropout": 1.0}, "dropout must be at least 0 and below 1, got 1.0"),
         ({"attention_dropout": -0.1}, "attention_dropout must be at least 0"),
         ({"layer_norm_eps": 0.0}, "layer_norm_eps must be positive"),
+        ({"layer_norm_eps": math.inf}, "layer_norm_eps must be positive and finite, got inf"),
+        ({"layer_norm_eps": math.nan}, "layer_norm_eps must be positive and finite, got nan"),
         ({"positions": "learned"}, "positions must be one of 'interleaved', 'concat_t2t', 'concat_paper', None"),
         ({"activation": "tanh"}, "activation must be one of 'relu', 'gelu', 'silu', got 'tanh'"),
         ({"tie_embeddings": "all"}, "tie_embeddings must be one of 'shared', 'target', 'separate', got 'all'"),
@@ -93,9 +96,36 @@ def test_a_wrong_configuration_is_an_error(changes, message):
         TransformerConfig(**TINY | changes)
 
 
-def test_a_wrong_type_in_a_configuration_is_an_error():
-    with pytest.raises(TypeError, match="d_model must be an int, got float"):
-        TransformerConfig(**TINY | {"d_model": 24.0})
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"d_model": 24.0}, "d_model must be an int, got float"),
+        ({"norm_first": 1}, "norm_first must be a bool, got int"),
+        ({"norm_first": "False"}, "norm_first must be a bool, got str"),
+        ({"dropout": "0.1"}, "dropout must be a number, got str"),
+        ({"attention_dropout": None}, "attention_dropout must be a number, got NoneType"),
+        ({"activation_dropout": torch.zeros(2)}, "activation_dropout must be a number, got Tensor"),
+        ({"layer_norm_eps": "1e-5"}, "layer_norm_eps must be a number, got str"),
+    ],
+)
+def test_a_wrong_type_in_a_configuration_is_an_error(changes, message):
+    with pytest.raises(TypeError, match=message):
+        TransformerConfig(**TINY | changes)
+
+
+def test_numbers_of_other_libraries_become_pythons():
+    config = TransformerConfig(
+        **TINY
+        | {
+            "dropout": torch.tensor(0.25),
+            "attention_dropout": np.float32(0.5),
+            "activation_dropout": 0,
+            "layer_norm_eps": np.float64(1e-6),
+        }
+    )
+    numbers = (config.dropout, config.attention_dropout, config.activation_dropout, config.layer_norm_eps)
+    assert numbers == (0.25, 0.5, 0.0, 1e-6) and {type(x) for x in numbers} == {float}
+    assert TransformerConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 
 def test_importing_the_package_needs_no_library_for_text():

@@ -251,6 +251,14 @@ def test_tokens_of_the_wrong_shape_are_named():
         model.encode(SOURCE[0], LENGTHS)
 
 
+def test_padding_ahead_of_a_token_of_the_target_is_an_error():
+    model, source = tiny().eval(), torch.tensor([[5, 6, 2], [7, 2, 0]])
+    target = torch.tensor([[1, 6, 7], [1, 0, 7]])
+    with pytest.raises(ValueError, match=r"row 1 has padding \(token 0\) ahead of a token"):
+        model(source, target)
+    assert model(source, target, target_lengths=torch.tensor([3, 3])).shape[:2] == (2, 3), "the lengths are given"
+
+
 def test_a_source_of_padding_alone_gives_finite_numbers():
     model = tiny()
     source = torch.tensor([[5, 6, 2], [0, 0, 0]])

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fused_transformer import training
-from fused_transformer.batches import TokenBatches
+from fused_transformer.batches import Corpus, TokenBatches
 from fused_transformer.not_finite import NAMED, NotFiniteError
 from fused_transformer.training import batch_loss
 from tests.oracle import assert_equal
@@ -217,3 +217,11 @@ def test_a_state_from_before_an_option_existed_has_its_default_and_one_from_late
 def test_refused_options(options, message):
     with pytest.raises(ValueError, match=message):
         tiny_trainer(**options)
+
+
+@pytest.mark.parametrize(("name", "default"), [("padding_idx", 0), ("bos_idx", 1), ("eos_idx", 2)])
+def test_a_corpus_of_other_special_tokens_is_refused(name, default):
+    with pytest.raises(ValueError, match=f"the corpus has {name} {default}, and the model 5"):
+        tiny_trainer(model={name: 5})
+    same = Corpus([[7, 8]], [[9]], **{name: 5})
+    assert tiny_trainer(corpus=same, model={name: 5}).train_step() > 0

@@ -57,3 +57,5 @@ def test_a_restored_schedule_goes_on():
 def test_refused_numbers(name):
     with pytest.raises(ValueError, match=f"{name} must be positive, got 0"):
         NoamLR(optimizer_of_two_groups(), **{"d_model": 8, name: 0})
+    with pytest.raises(ValueError, match=f"{name} must be finite, got inf"):
+        NoamLR(optimizer_of_two_groups(), **{"d_model": 8, name: float("inf")})

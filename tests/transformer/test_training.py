@@ -292,6 +292,13 @@ def test_refused_options(name, value):
         TrainingOptions(**{name: value})
 
 
+@pytest.mark.parametrize("name", ["max_tokens", "accumulate", "warmup_steps", "pool_size", "seed"])
+@pytest.mark.parametrize("value", [1.5, "2", True, None])
+def test_counts_must_be_whole_numbers(name, value):
+    with pytest.raises(TypeError, match=f"{name} must be an int, got {type(value).__name__}"):
+        TrainingOptions(**{name: value})
+
+
 def test_translations_come_in_the_order_of_the_lines(corpus, tokenizer):
     model = make_trainer(corpus, tokenizer).model
     translator = Translator(model, tokenizer)

@@ -9,6 +9,7 @@ import pytest
 
 from fused_transformer.checkpoint import BEST, LAST, read_file
 from fused_transformer.tokenizer import Tokenizer
+from fused_transformer.training_log import TrainingLog, read_log
 from fused_transformer.training_run import SNAPSHOTS, TrainingRun
 from tests.oracle import assert_equal
 from tests.transformer.texts import parallel_lines
@@ -114,7 +115,7 @@ def test_a_damaged_snapshot_costs_the_average_alone(tmp_path, tokenizer):
     assert run.run(4)
     snapshot = tmp_path / SNAPSHOTS / "step-000000004.safetensors"
     snapshot.write_bytes(snapshot.read_bytes()[:-7])
-    before, lines[:] = weights(trainer), []
+    before, lines[:], run.progress.averaged = weights(trainer), [], 0
     run._finish(None)
     assert len(lines) == 1 and lines[0].startswith("no average of the last 2: ")
     assert f"{snapshot.name} is damaged" in lines[0]
@@ -136,3 +137,53 @@ def test_what_a_killed_training_left_is_removed(tmp_path, tokenizer):
     fresh, _ = run_in(tmp_path, tokenizer, [])
     assert fresh.run(1)
     assert not (tmp_path / SNAPSHOTS / "step-000000002.safetensors").exists()
+
+
+def gone_on(folder, tokenizer, steps, *bleu, validated=True):
+    """What is said when the training in `folder` goes on up to `steps`; validations are scripted, or there are none."""
+    lines, trainer = [], tiny_trainer()
+    run = TrainingRun(trainer, tokenizer, folder, {}, validation=Scripted(*bleu) if validated else None, every=2,
+                      average=2, log=TrainingLog(folder, every=2), say=lines.append)  # fmt: skip
+    if (folder / LAST).exists():
+        tensors, state = read_file(folder / LAST)
+        trainer.model.load_state_dict({n[6:]: x for n, x in tensors.items() if n.startswith("model.")})
+        run.resume(state, tensors)
+    assert run.run(steps)
+    return lines
+
+
+def averages(folder):
+    return [entry["step"] for entry in read_log(folder) if entry["kind"] == "average"]
+
+
+def test_a_resumed_training_knows_of_an_average_that_is_the_best(tmp_path, tokenizer):
+    gone_on(tmp_path, tokenizer, 4, 10.0, 11.0, 15.0)
+    best = (tmp_path / BEST).read_bytes()
+    assert read_file(tmp_path / LAST)[1]["progress"]["best"] == read_file(tmp_path / BEST)[1]["progress"]["best"]
+    gone_on(tmp_path, tokenizer, 6, 12.0, 9.0)
+    assert (tmp_path / BEST).read_bytes() == best
+    assert averages(tmp_path) == [4, 6]
+    gone_on(tmp_path, tokenizer, 8, 16.0, 9.0)
+    assert read_file(tmp_path / BEST)[1]["progress"]["best"] == {"step": 8, "loss": 1.0, "bleu": 16.0}
+
+
+def test_without_validation_the_best_stays_that_of_the_validated_ones(tmp_path, tokenizer):
+    gone_on(tmp_path, tokenizer, 4, 10.0, 11.0, 9.0)
+    best = (tmp_path / BEST).read_bytes()
+    said = gone_on(tmp_path, tokenizer, 6, validated=False)
+    assert said == ["best.safetensors stays that of step 4, BLEU 11.00, as nothing was validated now; the weights of "
+                    "step 6 are in last.safetensors"]  # fmt: skip
+    assert (tmp_path / BEST).read_bytes() == best and read_file(tmp_path / LAST)[1]["trainer"]["step"] == 6
+    (tmp_path / BEST).unlink()
+    assert gone_on(tmp_path, tokenizer, 6, validated=False) == []
+    assert (tmp_path / BEST).exists(), "none was left to keep"
+
+
+def test_an_average_is_not_made_twice_nor_of_an_earlier_window(tmp_path, tokenizer):
+    assert "average of the last 2" in gone_on(tmp_path, tokenizer, 4, 10.0, 11.0, 9.0)[-1]
+    assert gone_on(tmp_path, tokenizer, 4, 99.0) == [] and averages(tmp_path) == [4]
+    _, state = read_file(tmp_path / LAST)
+    gone_on(tmp_path, tokenizer, 6, validated=False)
+    assert gone_on(tmp_path, tokenizer, 6, 99.0) == [], "the snapshots are those of steps 2 and 4"
+    assert averages(tmp_path) == [4]
+    assert read_file(tmp_path / LAST)[1]["progress"]["best"] == state["progress"]["best"]

@@ -6,8 +6,10 @@ import json
 import sys
 
 import pytest
+import torch
 
 from fused_transformer import cli_plot
+from fused_transformer import training as training_module
 from fused_transformer.__main__ import main
 from fused_transformer.tokenizer import Tokenizer
 from fused_transformer.training_log import LOG, TrainingLog, read_log
@@ -79,6 +81,39 @@ def test_a_run_writes_what_it_did(tmp_path, tokenizer):
     assert [e["bleu"] for e in entries if e["kind"] != "step"] == [1.0, 2.0, 3.0] and entries[-1]["averaged"] == 2
     assert [e["seconds"] for e in entries] == sorted(e["seconds"] for e in entries)
     assert run._postfix(1.0).endswith("target tokens/s, BLEU 2.00")
+
+
+@pytest.mark.parametrize("at", [1, 3])
+def test_a_step_that_overflows_in_float16_is_no_entry(tmp_path, tokenizer, monkeypatch, at):
+    """At 1 the first step; at 3 the one after an entry, which would be there twice. torch's scaler works on CPUs."""
+    monkeypatch.setattr(training_module, "_check_precision", lambda precision, device: None)
+    trainer = tiny_trainer(precision="float16")
+    train_step, calls, losses = trainer.train_step, [], []
+
+    def overflowing():
+        calls.append(trainer.step)
+        scale = 2.0**30 if len(calls) == at else 2.0**10
+        trainer.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+        step, loss = trainer.step, train_step()
+        losses.extend([loss] * (trainer.step - step))
+        return loss
+
+    trainer.train_step = overflowing
+    log = TrainingLog(tmp_path, every=2)
+    assert TrainingRun(trainer, tokenizer, tmp_path, {}, log=log, say=[].append).run(4)
+    assert calls == sorted([0, 1, 2, 3, at - 1]) and len(losses) == 4
+    entries = read_log(tmp_path)
+    assert [entry["step"] for entry in entries] == [2, 4]
+    assert [entry["loss"] for entry in entries] == pytest.approx([sum(losses[:2]) / 2, sum(losses[2:]) / 2])
+
+
+def test_the_seconds_of_a_skipped_step_count(tmp_path):
+    log = TrainingLog(tmp_path, every=2)
+    log.begin(0)
+    steps(log, 1)
+    log.on_skipped_step(took=0.5)
+    steps(log, 2)
+    assert [entry["tokens_per_second"] for entry in read_log(tmp_path)] == [200.0]
 
 
 def test_tokens_a_second_leave_validations_out(tmp_path):
