@@ -10,12 +10,15 @@ from torch import Tensor
 
 _C: ModuleType | None
 try:
-    # By its full name: `from kernels import _C`, amid the import of kernels itself, would speak of a circular import.
-    _C = import_module("fused_transformer.kernels._C")
+    from fused_transformer.kernels import _C  # type: ignore[attr-defined,no-redef]
+
     _missing = None
-except ImportError as error:
-    _C = None
-    _missing = f"the compiled extension is missing ({error}); reinstall fused-transformer with a C++ compiler"
+except ImportError:
+    _C, _missing = None, "the compiled extension is missing"
+    try:  # by its full name: the line above, amid the import of kernels itself, speaks of a circular one
+        import_module("fused_transformer.kernels._C")
+    except ImportError as error:
+        _missing += f" ({error}); reinstall fused-transformer with a C++ compiler"
 
 # The numbers of csrc/common/dtype.h.
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
