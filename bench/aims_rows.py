@@ -12,8 +12,14 @@ BEYOND_CACHES = 100e6  # bytes: three times the level 3 cache of the Zen 3 whose
 
 
 def rows_of(path: Path) -> list[dict]:
-    """Of the suite; of bench.training and bench.ctranslate2, if they wrote under the same name."""
+    """Of the suite; of bench.training and bench.ctranslate2, if they wrote under the same name.
+
+    Raises:
+        ValueError: it is another file.
+    """
     results = compare.read(path)
+    if not all("group" in row for row in results["rows"]):
+        raise ValueError(f"{path} is no result of the suite: what other benchmarks wrote is looked for beside it")
     rows = [*results["rows"], *_out_of_cache(results)]
     for folder, made in (("training", _trained), ("ctranslate2", _decoded)):
         beside = path.parent / folder / path.name

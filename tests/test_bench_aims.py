@@ -108,3 +108,9 @@ def test_a_file_that_is_no_result_is_refused_in_a_sentence(tmp_path, capsys):
     (tmp_path / "x.json").write_text("[]")
     assert aims.main([str(tmp_path / "x.json")]) == 2
     assert f"python -m bench.aims: error: {tmp_path / 'x.json'} is no result" in capsys.readouterr().err
+
+
+def test_what_another_benchmark_wrote_is_refused(capsys):
+    path = next((BENCH / "results" / "training").glob("*.json"))
+    assert aims.main([str(path)]) == 2
+    assert f"{path} is no result of the suite" in capsys.readouterr().err

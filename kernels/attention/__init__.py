@@ -31,7 +31,7 @@ class _Weights(torch.autograd.Function):
         backend = op.pick(q, k, k, mask, scale, dropout_p, seed)
         weights = backend.weights(q, k, lse, mask, scale, dropout_p, seed)
         # the last two only so that a change in place is noticed
-        ctx.save_for_backward(q, k, bias, lse, seed, mask.keep, to_save(mask.k_lengths))
+        ctx.save_for_backward(q, k, bias, lse, seed, to_save(mask.keep), to_save(mask.k_lengths))
         ctx.mask, ctx.scale, ctx.dropout_p = mask, scale, dropout_p
         return weights
 

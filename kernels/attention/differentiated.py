@@ -23,9 +23,9 @@ direct_call = _direct.call("attention_direct")
 _direct_backward = _direct.call("attention_backward_direct")
 
 
-def to_save(lengths: Tensor | None) -> Tensor | None:
-    """Lengths or offsets for save_for_backward, which takes nothing that was made in inference mode."""
-    return lengths.clone() if lengths is not None and lengths.is_inference() else lengths
+def to_save(mask: Tensor | None) -> Tensor | None:
+    """A mask, lengths or offsets for save_for_backward, which takes nothing that was made in inference mode."""
+    return mask.clone() if mask is not None and mask.is_inference() else mask
 
 
 class Others(NamedTuple):
@@ -54,7 +54,7 @@ class _Attention(torch.autograd.Function):
             both = out.detach(), lse  # for autograd no view, as the reference's is: nobody could write to it
         out, lse = both
         # the masks too, so that changing one in place before backward is an error
-        ctx.save_for_backward(q, k, v, keep, bias, seed, out, lse, *map(to_save, others[2:]))
+        ctx.save_for_backward(q, k, v, to_save(keep), bias, seed, out, lse, *map(to_save, others[2:]))
         ctx.backend, ctx.seen, ctx.mask, ctx.scale, ctx.dropout_p = backend, others[:2], mask, scale, dropout_p
         ctx.mark_non_differentiable(lse)
         return out, lse

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from fused_transformer.kernels._checks import require
+from fused_transformer.kernels._checks import require, require_no_gradient
 from fused_transformer.kernels.decoder_step.memory import Memory
 from fused_transformer.kernels.decoder_step.packed import PackedDecoder
 
@@ -61,7 +61,6 @@ def _require(name: str, x: torch.Tensor, dtype: torch.dtype, dense: bool = False
         return  # as it nearly always is
     require(x.dtype == dtype, f"{name} must be {dtype}, got {x.dtype}")
     require(x.device.type == "cpu", f"{name} must be on the CPU, where the packed weights are, got {x.device}")
-    if x.requires_grad and torch.is_grad_enabled():
-        raise ValueError(f"decoder_step has no gradient, and {name} requires one: use torch.no_grad()")
+    require_no_gradient("decoder_step", **{name: x})
     if dense:
         require(x.stride(-1) == 1 or x.shape[-1] <= 1, f"the last axis of {name} must be contiguous")

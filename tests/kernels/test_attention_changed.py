@@ -55,14 +55,15 @@ def test_of_its_weights(backend, name):
 
 
 @every_backend
-def test_lengths_made_in_inference_mode_are_as_good(backend):
-    """They cannot be saved for a backward pass, nor be changed outside of that mode."""
+@pytest.mark.parametrize("name", ["keep", "k_lengths"])
+def test_a_mask_made_in_inference_mode_is_as_good(backend, name):
+    """It cannot be saved for a backward pass, nor be changed outside of that mode."""
     with torch.inference_mode():
-        lengths = torch.tensor([L, L - 5])
+        given = {name: masks()[name]}
     tensors = parts(packed=False)
     with running_on(backend):
-        out, lse = attention_with_lse(**tensors, k_lengths=lengths)
-        weights = attention_weights(tensors["q"], tensors["k"], lse, k_lengths=lengths)
+        out, lse = attention_with_lse(**tensors, **given)
+        weights = attention_weights(tensors["q"], tensors["k"], lse, **given)
         (out.sum() + weights.square().sum()).backward()
     assert all(x.grad is not None and x.grad.isfinite().all() for x in tensors.values())
 

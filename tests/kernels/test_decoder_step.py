@@ -177,6 +177,10 @@ WRONG = (
     ("rows must be between 0 and 7, got 8", {"ancestors": torch.full((6, ROOM), 8, dtype=torch.int32)}),
     ("lengths must be between 0 and 7, got 8", {"memory_lengths": torch.full((3,), 8, dtype=torch.int32)}),
     ("has no gradient, and x requires one", {"x": torch.zeros(6, 24, requires_grad=True)}),
+    (
+        "has no gradient, and memory requires one",
+        {"memory": [(torch.zeros(4, 3, 7, 8, requires_grad=True), torch.zeros(4, 3, 7, 8))] * 2},
+    ),
 )
 
 
