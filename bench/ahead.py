@@ -30,12 +30,10 @@ class Counting(PackedTransformer):
 
     steps = drafts = 0
 
-    def step_at(self, *arguments, decoder, **options):
-        if decoder is self._decoder:
-            self.steps += 1
-        else:
-            self.drafts += 1
-        return super().step_at(*arguments, decoder=decoder, **options)
+    def step_ahead(self, *arguments, levels, **options):
+        self.steps += 1
+        self.drafts += levels
+        return super().step_ahead(*arguments, levels=levels, **options)
 
 
 def count(model: Counting, sources: Sequence[list[int]], beam_size: int) -> dict:

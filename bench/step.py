@@ -27,7 +27,7 @@ from bench.report_decoding import of_step
 from bench.timing import Interleaved, quantiles
 from fused_transformer import PackedTransformer, Transformer, TransformerConfig
 from fused_transformer.kernels import log_softmax_top_k
-from fused_transformer.kernels.decoder_step.cpu import timing
+from fused_transformer.kernels.decoder_step.native import timing
 
 POSITION, SOURCE = 16, 32
 WORK = ((1, 1), (1, 4), (8, 1), (8, 4), (64, 1), (64, 4))  # sentences, beams

@@ -17,7 +17,7 @@ KERNELS = "fused_transformer.kernels"
 FOLDERS = {"kernels": KERNELS, "transformer": "fused_transformer"}
 # Ops that are made of others: they use the others' public functions, and headers.
 COMPOSED = {
-    "decoder_step": {"decode_attention", "layer_norm", "linear"},
+    "decoder_step": {"decode_attention", "embedding", "layer_norm", "linear", "log_softmax_top_k"},
     "linear_argmax": {"linear"},
     "linear_cross_entropy": {"cross_entropy"},
 }

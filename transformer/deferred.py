@@ -48,19 +48,18 @@ class Deferred:
         self._owed: list[tuple[Tensor, Tensor, int]] = []  # hidden states, their sentences and position
         self._known: list[tuple[Tensor, Tensor, Tensor]] = []  # sentences, positions, log-probabilities
 
-    def choose(self, hidden: Tensor, sentences: Tensor, position: int) -> tuple[Tensor, Tensor]:
-        """Log-probabilities (N,), 0 where they are owed, and tokens (N,)."""
+    def choose(self, hidden: Tensor, sentences: Tensor, position: int) -> tuple[Tensor | None, Tensor]:
+        """Log-probabilities (N,), None where they are owed, and tokens (N,)."""
         found = self.step.likeliest(hidden)
         # Where a logit is not finite, all of them say what that means.
         if found is None or not all(map(math.isfinite, found[0].tolist())):
             log_prob, token = log_softmax_top_k(self.step.project(hidden), 1)
             return log_prob[:, 0], token[:, 0]
-        logit, token = found
         if self.scores:
             self._owed.append((hidden, sentences, position))
             if sum(len(rows) for rows, _, _ in self._owed) >= ROWS:
                 self._pay()
-        return torch.zeros_like(logit), token
+        return None, found[1]
 
     def complete(self, found: Hypotheses) -> Hypotheses:
         """The hypotheses with the log-probabilities that were owed, of which their scores are the sums."""

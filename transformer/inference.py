@@ -16,7 +16,16 @@ from fused_transformer.config import TransformerConfig
 from fused_transformer.embedding import TokenEmbedding
 from fused_transformer.incremental import DecoderState, new_state
 from fused_transformer.kernels import attention, layer_norm
-from fused_transformer.kernels.decoder_step import Norm, PackedDecoder, PackedLayer, decoder_step, memory_of
+from fused_transformer.kernels.decoder_step import (
+    Memory,
+    Norm,
+    PackedDecoder,
+    PackedLayer,
+    TokenTable,
+    decoder_step,
+    memory_of,
+)
+from fused_transformer.kernels.decoder_step.ahead import Ahead, Draft, Histories, step_ahead
 from fused_transformer.kernels.linear import WEIGHTS, PackedLinear, linear
 from fused_transformer.kernels.linear_argmax import ScreenedLinear, linear_argmax
 from fused_transformer.layers import DecoderLayer, EncoderLayer
@@ -102,6 +111,7 @@ class PackedTransformer:
         self._heads, self._eps = config.num_heads, norm_eps(model)
         self._source = _embedding(model.source_embedding)
         self._target = self._source if model.target_embedding is None else _embedding(model.target_embedding)
+        self._target_table = TokenTable(self._target.weight.detach(), self._target.positions, self._target.padding_idx)
         self._encoder = [self._encoder_layer(cast(EncoderLayer, layer)) for layer in model.encoder.layers]
         self._encoder_norm = None if model.encoder.norm is None else _norm(model.encoder.norm)
         layers = cast("list[DecoderLayer]", list(model.decoder.layers))
@@ -201,10 +211,9 @@ class PackedTransformer:
     @in_float32
     def step(self, tokens: Tensor, state: DecoderState) -> Tensor:
         """As `Transformer.step`."""
-        x = self._target(tokens[:, None], start=state.length).squeeze(1)
         state.make_room()
         hidden = decoder_step(
-            x,
+            tokens,
             self._decoder,
             state.cache,
             state.length,
@@ -213,36 +222,41 @@ class PackedTransformer:
             memory_lengths=state.memory_lengths,
             sources=state.sources,
             beams=state.beam_size,
+            table=self._target_table,
         )
         state.length += 1
         return hidden
 
     @in_float32
-    def step_at(
+    def step_ahead(
         self,
-        x: Tensor,
+        tokens: list[int],
         state: DecoderState,
-        ancestors: Tensor,
-        positions: Tensor,
-        slots: Tensor,
+        position: int,
         *,
-        length: int,
-        beams: int,
-        decoder: PackedDecoder,
-    ) -> Tensor:
-        """Embedded tokens x (R, E) at positions and in rows of the cache of their own; see `decoder_step`."""
-        return decoder_step(
-            x,
-            decoder,
+        batch: int,
+        slots: int,
+        levels: int,
+        width: int,
+        histories: Histories | None,
+        scores: Tensor | None,
+    ) -> Ahead:
+        """Hypotheses at `position`, and what the draft guesses beyond; see `kernels/decoder_step/ahead.py`."""
+        assert self.draft is not None
+        return step_ahead(
+            tokens,
+            self._target_table,
+            self._decoder,
             state.cache,
-            length,
-            state.memory,
-            ancestors=ancestors,
+            position,
+            cast("Memory", state.memory),
+            batch=batch,
+            slots=slots,
+            draft=Draft(self.draft.decoder, self.draft.output, levels, width),
+            histories=histories,
+            scores=scores,
             memory_lengths=state.memory_lengths,
             sources=state.sources,
-            beams=beams,
-            positions=positions,
-            slots=slots,
         )
 
     @cached_property

@@ -10,9 +10,9 @@ a row of the native ops' results has the same bits whatever rows are beside it.
     level 0     the hypotheses that the search asked for
     level d     the likeliest extensions of those of level d - 1, in the draft's opinion
 
-The draft reads the model's own keys and values of all earlier positions, and where it has written its own, for the
-guesses, the model writes over them. A row of a level is written in a row of the cache of its own, so that hypotheses of
-several levels can be computed side by side (`decoder_step` with positions and slots).
+All of it is one native call, `kernels/decoder_step/ahead.py`. What is here follows the search, among a dozen rows at
+most, and with Python's numbers: an operation of torch takes longer, where weights have just driven its code out of the
+caches.
 
 Source: Leviathan et al. 2023, arXiv:2211.17192 (speculative decoding, for one sequence); Miao et al. 2024,
 arXiv:2305.09781 (a tree of guesses).
@@ -20,39 +20,22 @@ arXiv:2305.09781 (a tree of guesses).
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fused_transformer import guessing
-from fused_transformer.kernels import log_softmax_top_k
-from fused_transformer.kernels.decoder_step import PackedDecoder
-from fused_transformer.kernels.linear import linear
+from fused_transformer.kernels.decoder_step.ahead import Histories
 
 if TYPE_CHECKING:
     from fused_transformer.inference import PackedTransformer
 
 
-def _numbers(count: int) -> Tensor:
-    return torch.arange(count, device="cpu")  # where packed weights are, whatever the default device
-
-
-class _Level(NamedTuple):
-    """`size` hypotheses of each of b sentences, those of a sentence together: b · size rows."""
-
-    size: int
-    tokens: Tensor  # (b · size,), the last of each
-    ancestors: Tensor  # (b · size, room) int32, see `DecoderState`
-    keys: Tensor | None = None  # (b, size): V · (which of its sentence in the level before it extends) + token
-
-
 class LookingAhead:
     """A step function of `search.py` with guesses ahead; a `DeferringStep` and a `RankedStep`.
 
-    Around the model's step are many operations of a few numbers each, so nothing here is done twice. A call's logits
-    are the caller's to write to (`gives_its_logits`): none are handed out twice.
+    A call's logits are the caller's to write to (`gives_its_logits`): none are handed out twice.
 
     Args:
         model: with a draft.
@@ -74,30 +57,35 @@ class LookingAhead:
         self.cache_rows = max(self.width, beam_size)  # for each sentence
         self.state = model.start(memory, memory_lengths, beam_size=self.cache_rows)
         self.pace = guessing.Pace(guessing.levels_for(self.batch, beam_size))
-        self.places: dict[tuple[int, ...], _Places] = {}
-        self.levels: list[_Level] = []
-        self.level = 0  # which holds the hypotheses of the last call
-        self.at = _numbers(0)  # the place of each in it
-        self.position = 0  # of level 0
-        self.scores: Tensor | None = None
+        self.scores: Tensor | None = None  # of the hypotheses, if the search tells them
+        # The latest round: level 0 has `size` hypotheses of each sentence at `position`; `levels` of guesses follow.
+        self.position = self.size = self.levels = 0
+        self.guesses: list[int] = []
+        self.ancestors: Tensor | None = None
         self.step: _Step | None = None
+        # Where the search is in it: at this level, and its hypotheses are these rows of the step.
+        self.level, self.rows = 0, list[int]()
         self.latest: Tensor | None = None  # hidden states that were last handed out
 
     # ---------------------------------------------------------------- what a search calls
 
     def rank_hypotheses(self, scores: Tensor) -> None:
-        """Ahead of a call: the hypotheses' log-probabilities (b, beam_size)."""
-        self.scores = (scores - scores[:, :1]).float()  # which is all that guessing compares
+        """Ahead of a call: the hypotheses' log-probabilities (b, beam_size) float64."""
+        self.scores = scores
 
     def __call__(self, prefixes: Tensor, sentences: Tensor, parents: Tensor) -> Tensor:
         return self.project(self.hidden(prefixes, sentences, parents))
 
     def hidden(self, prefixes: Tensor, sentences: Tensor, parents: Tensor) -> Tensor:
-        tokens = prefixes[:, -1]
-        if not self._was_guessed(tokens, parents):
-            self._look(self._first(tokens) if not self.levels else self._next(tokens, parents))
+        tokens = prefixes[:, -1].tolist()
+        if self.step is None:
+            self._begin(tokens)
+        else:
+            rows = [self.rows[parent] for parent in parents.tolist()]
+            if not self._were_guessed(rows, tokens):
+                self._go_on(rows, tokens)
         assert self.step is not None
-        self.latest = self.step.of(self.level, self.at)
+        self.latest = self.step.of(self.rows)
         return self.latest
 
     def likeliest(self, hidden: Tensor) -> tuple[Tensor, Tensor] | None:
@@ -112,143 +100,87 @@ class LookingAhead:
 
     # ---------------------------------------------------------------- following the search
 
-    def _was_guessed(self, tokens: Tensor, parents: Tensor) -> bool:
-        """Whether all hypotheses asked for are in the next level; if so that is where the search is now."""
-        if self.level + 1 >= len(self.levels):
+    @property
+    def each(self) -> int:
+        """Rows of a sentence in the step: the hypotheses of level 0, then each level's guesses."""
+        return self.size + self.levels * self.width
+
+    def _first_of(self, level: int) -> int:
+        """Of a sentence's rows, the first that is of this level."""
+        return self.size + (level - 1) * self.width if level else 0
+
+    def _were_guessed(self, rows: list[int], tokens: list[int]) -> bool:
+        """Whether all that is asked for, extensions of these rows, is in the next level; if so the search is there."""
+        if self.level == self.levels:
             return False
-        before, following = self.levels[self.level], self.levels[self.level + 1]
-        keys, place, sentence = following.keys, self.at.index_select(0, parents), None
-        assert keys is not None
-        if self.batch > 1:
-            sentence = place // before.size
-            place, keys = place - sentence * before.size, keys.index_select(0, sentence)
-        found, which = (keys == (place * self.vocabulary + tokens)[:, None]).max(1)
-        if not found.all():
-            return False
-        self.level += 1
-        self.at = which if sentence is None else sentence * following.size + which
+        first, following, found = self._first_of(self.level), self._first_of(self.level + 1), []
+        for row, token in zip(rows, tokens, strict=True):
+            sentence, place = divmod(row, self.each)
+            start = (sentence * self.levels + self.level) * self.width
+            try:
+                at = self.guesses.index((place - first) * self.vocabulary + token, start, start + self.width)
+            except ValueError:
+                return False
+            found.append(sentence * self.each + following + at - start)
+        self.level, self.rows = self.level + 1, found
         return True
 
-    def _first(self, tokens: Tensor) -> _Level:
-        """Level 0 of the first round: the hypotheses of a sentence are one and the same as yet."""
-        self.at = _numbers(self.batch).repeat_interleave(self.beam_size)
-        if self.scores is not None:
-            self.scores = self.scores[:, :1]
-        ancestors = self.at.new_zeros(self.batch, self._make_room(), dtype=torch.int32)
-        return _Level(1, tokens[:: self.beam_size], ancestors)
+    def _begin(self, tokens: list[int]) -> None:
+        """The first round: the hypotheses of a sentence are one and the same as yet."""
+        self._look(tokens[:: self.beam_size], None)
+        self.rows = [b * self.each for b in range(self.batch) for _ in range(self.beam_size)]
 
-    def _next(self, tokens: Tensor, parents: Tensor) -> _Level:
-        """Level 0 of another round: hypotheses that extend those of the last call and were not guessed.
+    def _go_on(self, rows: list[int], tokens: list[int]) -> None:
+        """Another round: hypotheses that extend these rows and were not guessed.
 
         Sentences that have ended leave here, and not amid a round: until then its numbers are of those it began with.
         """
-        self.pace.learn(guessed=len(self.levels) - 1, used=self.level)
-        before, place = self.levels[self.level], self.at.index_select(0, parents)
+        assert self.ancestors is not None
+        self.pace.learn(guessed=self.levels, used=self.level)
         self.position += self.level + 1
         left = len(tokens) // self.beam_size
         if left < self.batch:  # sentences have ended
-            self.state.select_memory(place[:: self.beam_size] // before.size)
+            self.state.select_memory(_numbers([row // self.each for row in rows[:: self.beam_size]]))
             self.batch = left
-        ancestors = before.ancestors.index_select(0, place)
-        more = self._make_room() - ancestors.shape[1]
-        self.at = _numbers(len(tokens))
-        return _Level(self.beam_size, tokens, F.pad(ancestors, (0, more)) if more else ancestors)
+        self._look(tokens, Histories(self.ancestors, rows))
+        self.rows = [b * self.each + i for b in range(self.batch) for i in range(self.beam_size)]
 
-    def _make_room(self) -> int:
-        """For all levels that may come; returns the positions that the cache has then."""
+    def _look(self, tokens: list[int], histories: Histories | None) -> None:
+        self.size, self.level = len(tokens) // max(self.batch, 1), 0
+        self.levels = max(0, min(self.pace.ahead, self.longest - 1 - self.position))
         self.state.reserve(self.position + guessing.MOST_LEVELS + 1)
-        return self.state.cache.shape[4]
-
-    # ---------------------------------------------------------------- guessing, and the step that computes all
-
-    def _look(self, level: _Level) -> None:
-        ahead = min(self.pace.ahead, self.longest - 1 - self.position)
-        scores = level.tokens.new_zeros(len(level.tokens), dtype=torch.float32)
-        if self.scores is not None:
-            scores = self.scores.flatten()
-        self.levels, self.level, inputs = [level], 0, [self._input(level, 0)]
-        for depth in range(ahead):
-            level, scores = self._guess(inputs[-1], level, scores, depth)
-            self.levels.append(level)
-            inputs.append(self._input(level, depth + 1))
-        sizes = tuple(level.size for level in self.levels)
-        x, ancestors = self._beside(inputs), self._beside([level.ancestors for level in self.levels])
-        hidden = self._run(self.model._decoder, x, ancestors, sizes, 0)
-        self.step = _Step(self.model, hidden, sizes, self.batch)
-
-    def _beside(self, parts: list[Tensor]) -> Tensor:
-        """Of each level (b · size, n): of one sentence all levels' rows, then of the next."""
-        if len(parts) == 1 or self.batch == 1:
-            return parts[0] if len(parts) == 1 else torch.cat(parts)
-        return torch.cat([part.unflatten(0, (self.batch, -1)) for part in parts], 1).flatten(0, 1)
-
-    def _input(self, level: _Level, depth: int) -> Tensor:
-        """(b · size, E), the embedded tokens; and from now on a level reads what it writes."""
-        level.ancestors.select(1, self.position + depth).copy_(self._places((level.size,)).slots32)
-        return self.model._target(level.tokens[:, None], start=self.position + depth).squeeze(1)
-
-    def _guess(self, x: Tensor, level: _Level, scores: Tensor, depth: int) -> tuple[_Level, Tensor]:
-        """The level after this one, and its log-probabilities (b · width,), in the draft's opinion."""
-        hidden = self._run(self.draft.decoder, x, level.ancestors, (level.size,), depth)
-        best, keys = log_softmax_top_k(linear(hidden, self.draft.output), self.width, beams=level.size, addend=scores)
-        rows = keys // self.vocabulary
-        tokens = (keys - rows * self.vocabulary).flatten()
-        if self.batch > 1:
-            rows = rows + level.size * _numbers(self.batch)[:, None]
-        return _Level(self.width, tokens, level.ancestors.index_select(0, rows.flatten()), keys), best.flatten()
-
-    def _run(self, decoder: PackedDecoder, x: Tensor, ancestors: Tensor, sizes: tuple[int, ...], depth: int) -> Tensor:
-        """Levels of these sizes, the first of them `depth` behind level 0; x (rows, E)."""
-        places, first = self._places(sizes), self.position + depth
-        return self.model.step_at(
-            x,
+        hidden, self.ancestors, self.guesses = self.model.step_ahead(
+            tokens,
             self.state,
-            ancestors,
-            places.levels + first,
-            places.slots,
-            length=first + len(sizes) - 1,
-            beams=sum(sizes),
-            decoder=decoder,
+            self.position,
+            batch=self.batch,
+            slots=self.cache_rows,
+            levels=self.levels,
+            width=self.width,
+            histories=histories,
+            scores=self.scores,
         )
-
-    def _places(self, sizes: tuple[int, ...]) -> _Places:
-        key = (self.batch, *sizes)
-        if key not in self.places:
-            self.places[key] = _Places(sizes, self.batch, self.cache_rows)
-        return self.places[key]
-
-
-class _Places:
-    """Where rows of levels of these sizes lie: levels, (rows,), and slots, (rows,) in the cache."""
-
-    def __init__(self, sizes: tuple[int, ...], batch: int, cache_rows: int) -> None:
-        levels = [level for level, size in enumerate(sizes) for _ in range(size)] * batch
-        slots = [b * cache_rows + i for b in range(batch) for size in sizes for i in range(size)]
-        self.levels, self.slots = (torch.tensor(numbers, device="cpu") for numbers in (levels, slots))
-        self.slots32 = self.slots.int()
+        self.step = _Step(self.model, hidden)
 
 
 class _Step:
     """What one step of the model computed: hidden states of all levels, and of those on demand what follows them."""
 
-    def __init__(self, model: PackedTransformer, hidden: Tensor, sizes: tuple[int, ...], batch: int) -> None:
-        self.model, self.hidden, self.sizes, self.batch = model, hidden, sizes, batch
-        self.rows = _numbers(0)
+    def __init__(self, model: PackedTransformer, hidden: Tensor) -> None:
+        self.model, self.hidden = model, hidden
+        self.rows: list[int] = []
         self._logits: Tensor | None = None
         self._likeliest: tuple[Tensor, Tensor] | None = None
 
-    def of(self, level: int, places: Tensor) -> Tensor:
-        """Hidden states of a level's hypotheses (of its b · n), which logits() and likeliest() are of then."""
-        self.rows = places + sum(self.sizes[:level])
-        if self.batch > 1:
-            size = self.sizes[level]
-            self.rows += places // size * (sum(self.sizes) - size)
-        return self.hidden.index_select(0, self.rows)
+    def of(self, rows: list[int]) -> Tensor:
+        """Hidden states of these rows, which logits() and likeliest() are of then."""
+        self.rows = rows
+        return _rows(self.hidden, rows)
 
     def logits(self) -> Tensor:
         if self._logits is None:
             self._logits = self.model.project(self.hidden)
-        return self._logits.index_select(0, self.rows)
+        return _rows(self._logits, self.rows)
 
     def likeliest(self) -> tuple[Tensor, Tensor] | None:
         if self._likeliest is None:
@@ -256,4 +188,16 @@ class _Step:
         if self._likeliest is None:
             return None
         logit, token = self._likeliest
-        return logit.index_select(0, self.rows), token.index_select(0, self.rows)
+        return _rows(logit, self.rows), _rows(token, self.rows)
+
+
+def _numbers(numbers: list[int]) -> Tensor:
+    return torch.tensor(numbers, device="cpu")  # where packed weights are, whatever the default device
+
+
+def _rows(x: Tensor, rows: list[int]) -> Tensor:
+    """x[rows]; a view where they follow each other."""
+    first = rows[0]
+    if rows == list(range(first, first + len(rows))):
+        return x[first : first + len(rows)]
+    return x.index_select(0, _numbers(rows))

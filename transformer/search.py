@@ -9,9 +9,10 @@ one more token, which is what a step function with a cache needs (at the first c
 here loops over sentences or beams, and a sentence leaves the batch as soon as its result can't change; the rows of a
 sentence are together, and sentences keep their order.
 
+    greedy.py        greedy search                                  beams.py       beam search
+    deferred.py      its log-probabilities, where a step function tells the likeliest token without all logits
     constraints.py   a step function with tokens forbidden          sampling.py    how a token is drawn
-    beams.py         beam search                                    hypotheses.py  what is returned
-    deferred.py      greedy search whose step function tells the likeliest token without all logits
+    hypotheses.py    what is returned
 """
 
 from __future__ import annotations
@@ -25,9 +26,8 @@ from torch import Tensor
 from fused_transformer.beam_tree import BeamStep, OnStep
 from fused_transformer.beams import search_beams
 from fused_transformer.constraints import constrain
-from fused_transformer.deferred import Deferred, DeferringStep
+from fused_transformer.greedy import search_greedy
 from fused_transformer.hypotheses import NEVER, Hypotheses, NewTokens, OnTokens, Results
-from fused_transformer.kernels import log_softmax_top_k
 from fused_transformer.sampling import draw, uniforms
 from fused_transformer.search_options import SearchOptions
 from fused_transformer.stepping import Step, check_lengths, next_logits, refuse_nan
@@ -46,8 +46,7 @@ __all__ = [
     "search_samples",
 ]
 
-# Of what the step gave, logits (N, V) or hidden states, and the sentences (N,) at a position: log-probabilities (N,)
-# and tokens (N,).
+# Of the logits (N, V) that the step gave, and the sentences (N,) at a position: log-probabilities (N,) and tokens (N,).
 Choose = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
 
 
@@ -115,52 +114,6 @@ def _check_room(forced: Tensor, max_lengths: Tensor, padding_idx: int) -> None:
             f"the forced prefix of sentence {row} has {int(lengths[row])} tokens, and its translation may have "
             f"{int(max_lengths[row])}, eos counted"
         )
-
-
-@torch.no_grad()
-def search_greedy(
-    step: Step,
-    max_lengths: Tensor,
-    *,
-    scores: bool = True,
-    bos_idx: int = 1,
-    eos_idx: int = 2,
-    padding_idx: int = 0,
-    on_tokens: OnTokens | None = None,
-) -> Hypotheses:
-    """Append the likeliest token until it is eos or a sentence has max_lengths[b] tokens.
-
-    Args:
-        step: gives the logits of the next token, see the module's docstring.
-        max_lengths: (B,) int64, most tokens generated for each sentence, eos counted.
-        scores: False: do without log-probabilities.
-        bos_idx, eos_idx, padding_idx: the special tokens.
-        on_tokens: told of each token.
-
-    Returns:
-        Hypotheses with N = 1; a score is the sum of the tokens' log-probabilities, eos counted. Without scores they are
-        0, and -inf still where there is no hypothesis.
-
-    Raises:
-        ValueError: max_lengths or the logits have the wrong shape, or the logits hold NaN.
-    """
-
-    special = (1, bos_idx, eos_idx, padding_idx, on_tokens)
-    if isinstance(step, DeferringStep):
-        later = Deferred(step, scores=scores)
-        found = later.complete(_follow(step.hidden, max_lengths, later.choose, *special))
-    else:
-        found = _follow(step, max_lengths, _likeliest, *special)
-    if scores:
-        return found
-    return found._replace(
-        scores=found.scores.masked_fill(found.scores > NEVER, 0.0), log_probs=torch.zeros_like(found.log_probs)
-    )
-
-
-def _likeliest(logits: Tensor, sentences: Tensor, position: int) -> tuple[Tensor, Tensor]:
-    log_prob, token = log_softmax_top_k(logits, 1)
-    return log_prob[:, 0], token[:, 0]
 
 
 @torch.no_grad()

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 Step = Callable[[Tensor, Tensor, Tensor], Tensor]
+NAN = "the logits hold NaN, so no next token can be chosen"
 
 
 @runtime_checkable
@@ -35,7 +36,7 @@ def next_logits(step: Step, prefixes: Tensor, sentences: Tensor, parents: Tensor
 def refuse_nan(log_probs: Tensor) -> None:
     """Called on the chosen few: where one logit is NaN, they are."""
     if log_probs.isnan().any():
-        raise ValueError("the logits hold NaN, so no next token can be chosen")
+        raise ValueError(NAN)
 
 
 def check_lengths(max_lengths: Tensor) -> None:

@@ -48,8 +48,13 @@ class Step {
     for (int64_t r = 0; r < R_; ++r) histories_[r] = s_.positions[r] + 1;
   }
 
-  void run() {
+  int64_t run() {
     const float* x = s_.x;  // the stream: a_ and b_ in turns
+    if (x == nullptr) {
+      const int64_t bad = embed_tokens(s_.embedding, E_, s_.tokens, R_, s_.length, s_.positions, b_);
+      if (bad >= 0) return bad;
+      x = b_;
+    }
     for (size_t index = 0; index < d_.layers.size(); ++index) {
       const DecoderLayer& layer = d_.layers[index];
       x = sublayer(x, layer.norms[0], layer.self_out, [&](const float* in) { return attend(layer, index, in); });
@@ -63,6 +68,7 @@ class Step {
       normalise(d_.final_norm, x, s_.out);
     else
       std::memcpy(s_.out, x, size_t(R_ * E_) * sizeof(float));
+    return -1;
   }
 
  private:
@@ -211,8 +217,8 @@ class Step {
 
 }  // namespace
 
-void decoder_step(const Decoder& decoder, const DecoderStep& step) {
-  if (step.rows == 0) return;
+int64_t decoder_step(const Decoder& decoder, const DecoderStep& step) {
+  if (step.rows == 0) return -1;
   FT_REQUIRE(step.beams >= 1 && step.rows % step.beams == 0,
              "rows must be a multiple of beams, got " << step.rows << " and " << step.beams);
   FT_REQUIRE(step.memory != nullptr && step.memory->size() == decoder.layers.size(),
@@ -225,7 +231,9 @@ void decoder_step(const Decoder& decoder, const DecoderStep& step) {
     FT_REQUIRE(within(step.slots[r], step.cache_rows),
                "slots must be between 0 and " << step.cache_rows - 1 << ", got " << step.slots[r]);
   }
-  Step(decoder, step).run();
+  FT_REQUIRE(step.x != nullptr || step.embedding.positions == nullptr || step.length < step.embedding.P,
+             "there are " << step.embedding.P << " positions, and " << step.length << " + 1 are wanted");
+  return Step(decoder, step).run();
 }
 
 }  // namespace fused::cpu

@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "../linear/linear.h"
+#include "tokens.h"
 
 namespace fused::cpu {
 
@@ -44,9 +45,11 @@ struct Decoder {
 };
 
 struct DecoderStep {
-  int64_t rows = 0, beams = 1;  // hypotheses; those of a sequence lie together
-  const float* x = nullptr;     // the embedded tokens, contiguous
-  float* out = nullptr;         // contiguous; may not be x
+  int64_t rows = 0, beams = 1;      // hypotheses; those of a sequence lie together
+  const float* x = nullptr;         // the embedded tokens, contiguous; or nullptr, and
+  const int64_t* tokens = nullptr;  // (rows,), to be looked up in
+  TokenTable embedding;
+  float* out = nullptr;  // contiguous; may not be x
 
   // Keys and values of the positions so far: (layers, 2, cache_rows, H, room, D), D contiguous. Row i's history is at
   // position j in row ancestors[i, j] (int32), or in row i; its new position goes to row i.
@@ -72,6 +75,7 @@ struct DecoderStep {
 
 enum Part { kProducts, kAttention, kNorms, kParts };
 
-void decoder_step(const Decoder& decoder, const DecoderStep& step);
+// Returns -1; or the number of the first token that is not in the table, and has done nothing then.
+int64_t decoder_step(const Decoder& decoder, const DecoderStep& step);
 
 }  // namespace fused::cpu

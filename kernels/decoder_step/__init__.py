@@ -10,8 +10,9 @@ from fused_transformer.kernels._dispatch import Op
 from fused_transformer.kernels.decoder_step.checks import checked
 from fused_transformer.kernels.decoder_step.memory import Memory, memory_of
 from fused_transformer.kernels.decoder_step.packed import Norm, PackedDecoder, PackedLayer
+from fused_transformer.kernels.decoder_step.tokens import TokenTable
 
-__all__ = ["Memory", "Norm", "PackedDecoder", "PackedLayer", "decoder_step", "memory_of", "op"]
+__all__ = ["Memory", "Norm", "PackedDecoder", "PackedLayer", "TokenTable", "decoder_step", "memory_of", "op"]
 
 op = Op(__name__, order=("cpu", "reference"))
 
@@ -29,6 +30,7 @@ def decoder_step(
     beams: int = 1,
     positions: Tensor | None = None,
     slots: Tensor | None = None,
+    table: TokenTable | None = None,
 ) -> Tensor:
     """All layers on the newest position of R hypotheses, `beams` of each sequence side by side.
 
@@ -40,7 +42,7 @@ def decoder_step(
     takes as long as they do.
 
     Args:
-        x: (R, E) float32, the embedded tokens.
+        x: (R, E) float32, the embedded tokens; with a table (R,) int64 or int32, the tokens.
         decoder: the layers.
         cache: (layers, 2, R₀, H, room, D) float32 keys and values; position `length` is written, for row i in row i,
             R <= R₀, or where positions and slots say.
@@ -55,15 +57,19 @@ def decoder_step(
             written in row slots[i] of the cache, where ancestors must send what reads it. No two rows may be written in
             one place. In each layer all are written before any is read: rows can be each other's history, which a
             decoder that looks several tokens ahead wants.
+        table: embeds the tokens: a row is that of its position, `length` or positions[i].
 
     Returns:
         (R, E) float32, the hidden states of the new position.
 
     Raises:
+        IndexError: a token is outside the vocabulary.
         ValueError: shapes, dtypes or devices do not fit, or there is no room for another position.
         NotImplementedError: a backend was forced that refuses these arguments.
 
     Numerics: as `linear`, `decode_attention` and `layer_norm` one after the other, from which it is made.
     """
-    arguments = checked(x, decoder, cache, length, memory, ancestors, memory_lengths, sources, beams, positions, slots)
+    arguments = checked(
+        x, decoder, cache, length, memory, ancestors, memory_lengths, sources, beams, positions, slots, table
+    )
     return op.pick(*arguments).forward(*arguments)

@@ -7,14 +7,21 @@ import torch
 from fused_transformer.kernels._checks import require, require_no_gradient
 from fused_transformer.kernels.decoder_step.memory import Memory
 from fused_transformer.kernels.decoder_step.packed import PackedDecoder
+from fused_transformer.kernels.decoder_step.tokens import TokenTable
 
 
-def checked(x, decoder, cache, length, memory, ancestors, memory_lengths, sources, beams, positions, slots) -> tuple:
+def checked(
+    x, decoder, cache, length, memory, ancestors, memory_lengths, sources, beams, positions, slots, table
+) -> tuple:
     """What a backend takes: the same, x contiguous."""
     if not isinstance(decoder, PackedDecoder):
         raise TypeError(f"decoder must be a PackedDecoder, got {type(decoder).__name__}")
     width, heads, depth = decoder.width, decoder.num_heads, len(decoder.layers)
-    require(x.dim() == 2 and x.shape[1] == width, f"x must have shape (R, {width}), got {tuple(x.shape)}")
+    if table is None:
+        require(x.dim() == 2 and x.shape[1] == width, f"x must have shape (R, {width}), got {tuple(x.shape)}")
+        _require("x", x, torch.float32)
+    else:
+        x = _tokens(x, table, width)
     rows = x.shape[0]
     require(beams >= 1 and rows % beams == 0, f"the rows must be a multiple of beams, got {rows} and {beams}")
     sequences = rows // beams
@@ -34,7 +41,6 @@ def checked(x, decoder, cache, length, memory, ancestors, memory_lengths, source
     require(fits, f"memory must have shapes (B, {heads}, S, {width // heads}), got {tuple(first.shape)}")
     if torch.is_grad_enabled() and memory.requires_grad:
         raise ValueError("decoder_step has no gradient, and memory requires one: use torch.no_grad()")
-    _require("x", x, torch.float32)
     _require("cache", cache, torch.float32, dense=True)
     if ancestors is not None:
         fits = ancestors.dim() == 2 and ancestors.shape[0] == rows and ancestors.shape[1] > length
@@ -53,7 +59,20 @@ def checked(x, decoder, cache, length, memory, ancestors, memory_lengths, source
             require(vector.shape == (count,), f"{name} must have shape ({count},), got {tuple(vector.shape)}")
             _require(name, vector, dtype, dense=True)
     require(sources is not None or first.shape[0] >= sequences, f"memory has {first.shape[0]} rows for {sequences}")
-    return x.contiguous(), decoder, cache, length, memory, ancestors, memory_lengths, sources, beams, positions, slots
+    x = x.contiguous()
+    return x, decoder, cache, length, memory, ancestors, memory_lengths, sources, beams, positions, slots, table
+
+
+def _tokens(tokens: torch.Tensor, table: TokenTable, width: int) -> torch.Tensor:
+    """int64."""
+    if not isinstance(table, TokenTable):
+        raise TypeError(f"table must be a TokenTable, got {type(table).__name__}")
+    require(table.weight.shape[1] == width, f"table must be {width} wide, got {table.weight.shape[1]}")
+    require(tokens.dim() == 1, f"tokens must have shape (R,), got {tuple(tokens.shape)}")
+    integers = tokens.dtype in (torch.int64, torch.int32)
+    require(integers, f"tokens must be int32 or int64, got {tokens.dtype}")
+    require(tokens.is_cpu, f"tokens must be on the CPU, where the packed weights are, got {tokens.device}")
+    return tokens.long()
 
 
 def _require(name: str, x: torch.Tensor, dtype: torch.dtype, dense: bool = False) -> None:

@@ -2,30 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
-import torch
 from torch import Tensor
 
 from fused_transformer.kernels import _native
+from fused_transformer.kernels.decoder_step import native
 
 _native.library()
-_seconds: Tensor | None = None
-
-
-@contextmanager
-def timing() -> Iterator[Tensor]:
-    """A tensor (3,) float64 to which every step inside the block adds the seconds of its products, attention and norms.
-
-    Two clock readings for each of the dozen kernels of a layer: about 5 µs a step of six.
-    """
-    global _seconds
-    before, _seconds = _seconds, torch.zeros(3, dtype=torch.float64, device="cpu")
-    try:
-        yield _seconds
-    finally:
-        _seconds = before
 
 
 def refuses(_x, decoder, *_args) -> str | None:
@@ -44,19 +26,21 @@ def forward(
     beams: int,
     positions,
     slots,
+    table,
 ):
-    out = x.new_empty(x.shape)
-    keys = memory[0][0]
-    decoder.native.step(
+    out = cache.new_empty(x.shape[0], decoder.width)
+    bad = decoder.native.step(
         (x.shape[0], beams, length),
         x.data_ptr(),
         out.data_ptr(),
-        (cache.data_ptr(), (*cache.stride()[:5], cache.shape[2])),
+        native.of_cache(cache),
         (0, 0) if ancestors is None else (ancestors.data_ptr(), ancestors.stride(0)),
-        [(k.data_ptr(), v.data_ptr()) for k, v in memory],
-        (*keys.stride()[:3], keys.shape[0], keys.shape[2]),
+        memory.native(),
         (_native.ptr(memory_lengths), _native.ptr(sources)),
         (_native.ptr(positions), _native.ptr(slots)),
-        _native.ptr(_seconds),
+        native.seconds(),
+        None if table is None else table.native(length + 1),
     )
+    if bad >= 0:
+        table.embed(x, length)  # which says so
     return out

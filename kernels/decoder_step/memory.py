@@ -43,6 +43,17 @@ class Memory(tuple):
     def requires_grad(self) -> bool:
         return any(part.requires_grad for pair in self for part in pair)
 
+    def native(self):
+        """What the extension takes: addresses, made once."""
+        made = self.__dict__.get("_native")
+        if made is None:
+            keys = self[0][0]
+            made = self._native = _native.library().MemoryAddresses(
+                [(keys.data_ptr(), values.data_ptr()) for keys, values in self],
+                (*keys.stride()[:3], keys.shape[0], keys.shape[2]),
+            )
+        return made
+
 
 def memory_of(
     rows: Tensor, projection: PackedLinear, heads: int, batch: int, length: int, offsets: Tensor | None

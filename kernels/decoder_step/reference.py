@@ -26,7 +26,10 @@ def forward(
     beams: int,
     positions,
     slots,
+    table,
 ):
+    if table is not None:
+        x = table.embed(x, length if positions is None else positions)
     rows, width = x.shape
     heads, filled = decoder.num_heads, length + 1
     own = torch.arange(rows, dtype=torch.int32, device=x.device)
