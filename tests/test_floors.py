@@ -22,7 +22,7 @@ COMPOSED = {
     "linear_cross_entropy": {"cross_entropy"},
 }
 # What every op stands on, and the model's own parts too: no op, and public all the same.
-SHARED = {f"{KERNELS}.matmul", f"{KERNELS}.memory"}
+SHARED = {f"{KERNELS}.beams", f"{KERNELS}.matmul", f"{KERNELS}.memory"}
 NATIVE_SUFFIXES = {".h", ".cuh", ".cpp", ".cu"}
 LONGEST = 400
 SOURCES = ("_build", "bench", "csrc", "kernels", "tests", "transformer")

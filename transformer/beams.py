@@ -12,65 +12,52 @@ from torch.nn import functional as F
 from fused_transformer.beam_tree import BeamStep, OnStep
 from fused_transformer.hypotheses import NEVER, Hypotheses, OnTokens, Results
 from fused_transformer.kernels import log_softmax_top_k
+from fused_transformer.kernels.beams import Alive, Continuations, advance_beams, highest
 from fused_transformer.search_options import SearchOptions
-from fused_transformer.stepping import RankedStep, Step, check_lengths, next_logits, refuse_nan
+from fused_transformer.stepping import NAN, RankedStep, Step, check_lengths, next_logits
 
 
-class _Beams(NamedTuple):
-    """n hypotheses of each of b sentences, bos and t tokens each; a score of -inf: there is none."""
+class _Finished(NamedTuple):
+    """n hypotheses of each of b sentences, with room for bos and t tokens each; a score of -inf: there is none."""
 
-    scores: Tensor  # (b, n) float64: a sum of hundreds of float32 log-probabilities would lose their last digits
+    scores: Tensor  # (b, n) float64
     tokens: Tensor  # (b, n, 1 + t)
     log_probs: Tensor  # (b, n, t), of the tokens
     lengths: Tensor  # (b, n), eos counted
 
-    def of(self, sentences: Tensor) -> _Beams:
-        return _Beams(*(x[sentences] for x in self))
+    def of(self, sentences: Tensor) -> _Finished:
+        return _Finished(*(x[sentences] for x in self))
 
-    def take(self, beams: Tensor) -> _Beams:
-        """Of each sentence the hypotheses beams (b, m)."""
-        rows = torch.arange(beams.shape[0], device=beams.device)[:, None]
-        return _Beams(*(x[rows, beams] for x in self))
-
-    def extend(self, rows: Tensor, log_probs: Tensor, tokens: Tensor, scores: Tensor) -> _Beams:
-        """Of each sentence m hypotheses with one more token; all (b, m), and rows are numbers among the (b * n)."""
-
-        def taken(x: Tensor) -> Tensor:
-            return x.flatten(0, 1).index_select(0, rows.flatten()).view(*rows.shape, *x.shape[2:])
-
-        return _Beams(
-            scores,
-            torch.cat([taken(self.tokens), tokens[..., None]], 2),
-            torch.cat([taken(self.log_probs), log_probs[..., None].to(self.log_probs.dtype)], 2),
-            taken(self.lengths) + 1,
-        )
-
-    def width(self, tokens: int, padding_idx: int = 0) -> _Beams:
+    def width(self, tokens: int, padding_idx: int = 0) -> _Finished:
         """With room for so many tokens behind bos, cut or padded to it."""
         more = tokens - self.log_probs.shape[2]
         return self._replace(
             tokens=F.pad(self.tokens, (0, more), value=padding_idx), log_probs=F.pad(self.log_probs, (0, more))
         )
 
-    def beside(self, others: _Beams) -> _Beams:
-        return _Beams(*(torch.cat(pair, 1) for pair in zip(self, others, strict=True)))
-
-    def best(self, n: int) -> _Beams:
-        """The n with the highest scores, best first; the first wins a tie."""
-        return self.take(_highest(self.scores, n)[1])
-
-
-def _highest(scores: Tensor, n: int) -> tuple[Tensor, Tensor]:
-    """The n highest of each row, descending, and where they are; the first wins a tie (topk takes any)."""
-    scores, order = scores.sort(dim=1, descending=True, stable=True)
-    return scores[:, :n], order[:, :n]
+    def joined_by(self, others: _Finished) -> _Finished:
+        """As many of both as there were, the best first; the first wins a tie."""
+        every = _Finished(*(torch.cat(pair, 1) for pair in zip(self, others, strict=True)))
+        best = highest(every.scores, self.scores.shape[1])[1]
+        rows = torch.arange(len(best), device=best.device)[:, None]
+        return _Finished(*(x[rows, best] for x in every))
 
 
-def _start(sentences: Tensor, beams: int, token: int) -> _Beams:
-    tokens = torch.full((len(sentences), beams, 1), token, device=sentences.device)
-    scores = torch.full(tokens.shape[:2], NEVER, device=sentences.device, dtype=torch.float64)
-    log_probs = torch.zeros(*scores.shape, 0, device=sentences.device)
-    return _Beams(scores, tokens, log_probs, torch.zeros_like(tokens[..., 0]))
+def _start(sentences: Tensor, beams: int, bos_idx: int) -> Alive:
+    """One hypothesis so far: equal ones would fill the list with copies."""
+    scores = torch.full((len(sentences), beams), NEVER, device=sentences.device, dtype=torch.float64)
+    scores[:, 0] = 0.0
+    tokens = torch.full((*scores.shape, 1), bos_idx, device=sentences.device)
+    return Alive(scores, scores.float(), tokens, torch.zeros(*scores.shape, 0, device=sentences.device))
+
+
+def _none(sentences: Tensor, capacity: int, longest: int, padding_idx: int) -> _Finished:
+    """With all their room at once, as most steps add none to them."""
+    device = sentences.device
+    scores = torch.full((len(sentences), capacity), NEVER, device=device, dtype=torch.float64)
+    tokens = torch.full((*scores.shape, 1 + longest), padding_idx, device=device)
+    log_probs = torch.zeros(*scores.shape, longest, device=device)
+    return _Finished(scores, tokens, log_probs, torch.zeros_like(tokens[..., 0]))
 
 
 @torch.no_grad()
@@ -127,15 +114,13 @@ def search_beams(
     decisive = 0 if stop_early else -1
     results = Results(max_lengths, top_beams, padding_idx, on_tokens)
     sentences = torch.arange(max_lengths.numel(), device=max_lengths.device)
-    # The finished ones have all their room at once, as most steps add none to them.
-    longest = int(max_lengths.max()) if len(sentences) else 0
-    finished = _start(sentences, capacity, padding_idx).width(longest, padding_idx)
-    alive = _start(sentences, beam_size, bos_idx)
-    alive.scores[:, 0] = 0.0  # one hypothesis so far: equal ones would fill the list with copies
-    parents = torch.arange(alive.scores.numel(), device=sentences.device).view(alive.scores.shape)
+    longest, nearest = (int(x) for x in max_lengths.aminmax()[::-1]) if len(sentences) else (0, 0)
+    alive, finished = _start(sentences, beam_size, bos_idx), _none(sentences, capacity, longest, padding_idx)
+    any_finished = False
+    parents = torch.arange(alive.scores.numel(), device=sentences.device)
     among_the_first = torch.arange(2 * beam_size, device=sentences.device) < beam_size
     # What changes only when a sentence leaves.
-    first_rows, rows, limits = parents[:, :1], sentences.repeat_interleave(beam_size), max_lengths
+    rows, limits = sentences.repeat_interleave(beam_size), max_lengths
     limit_penalties = options.penalise(limits.double())
     rank = step.rank_hypotheses if isinstance(step, RankedStep) else None
     length = 0
@@ -143,63 +128,80 @@ def search_beams(
         length += 1
         if rank is not None:
             rank(alive.scores)
-        logits = next_logits(step, alive.tokens.flatten(0, 1), rows, parents.flatten())
+        logits = next_logits(step, alive.tokens.flatten(0, 1), rows, parents)
         vocabulary = logits.shape[1]
         if vocabulary < 2:
             raise ValueError(f"beam search needs at least 2 tokens to choose from, got {vocabulary}")
-        # How far each is behind the likeliest has few digits ahead of the point, and so more behind it than its score.
-        first = alive.scores[:, :1]
-        behind = (alive.scores - first).float()
-        near, place = log_softmax_top_k(logits, 2 * beam_size, beams=beam_size, addend=behind.flatten())
-        refuse_nan(near)
-        token, beam = place % vocabulary, place // vocabulary
-        likeliest, log_prob = first + near, near - behind.gather(1, beam)
+        likeliest = log_softmax_top_k(logits, 2 * beam_size, beams=beam_size, addend=alive.behind.flatten())
+        following, parents, nan, some_end, hopeless = advance_beams(
+            alive, *likeliest, vocabulary=vocabulary, eos_idx=eos_idx
+        )
+        if nan:
+            raise ValueError(NAN)
+        if some_end or on_step is not None:
+            found = Continuations.of(alive, *likeliest, vocabulary)
+            ended = found.token == eos_idx
+            arriving = ended & (found.score > NEVER)
+            if options.patience is not None:
+                room = capacity - (finished.scores > NEVER).sum(1, keepdim=True)
+                arriving &= among_the_first
+                arriving &= arriving.cumsum(1) <= room
+            scores = (found.score / options.penalise(length)).masked_fill(~arriving, NEVER)
+            if arriving.any():
+                arrived = _arrived(alive, found, scores).width(longest, padding_idx)
+                finished, any_finished = finished.joined_by(arrived), True
+            if on_step is not None:
+                chosen = highest(found.score.masked_fill(ended, NEVER), beam_size)[1]
+                told = (sentences, found.beam, found.token, found.score.float(), scores.float(), ended, chosen)
+                on_step(BeamStep(*(x.clone() for x in told)))  # they may be kept, or written to
+        alive = following
 
-        ended = token == eos_idx
-        arriving = ended & (likeliest > NEVER)
-        if options.patience is not None:
-            room = capacity - (finished.scores > NEVER).sum(1, keepdim=True)
-            arriving &= among_the_first
-            arriving &= arriving.cumsum(1) <= room
-        if arriving.any():
-            scores = (likeliest / options.penalise(length)).masked_fill(~arriving, NEVER)
-            arrived = alive.extend(first_rows + beam, log_prob, token, scores).width(longest, padding_idx)
-            finished = finished.beside(arrived).best(capacity)
-        scores, chosen = _highest(likeliest.masked_fill(ended, NEVER), beam_size)
-        if on_step is not None:
-            penalised = (likeliest / options.penalise(length)).masked_fill(~arriving, NEVER)
-            told = (sentences, beam, token, likeliest.float(), penalised.float(), ended, chosen)
-            on_step(BeamStep(*(x.clone() for x in told)))  # they may be kept, or written to
-        parents = first_rows + beam.gather(1, chosen)
-        alive = alive.extend(parents, log_prob.gather(1, chosen), token.gather(1, chosen), scores)
-
-        hope = alive.scores[:, 0] / limit_penalties
-        bound = hope if options.patience is None else NEVER  # with patience it takes a full list, no more
-        done = finished.scores[:, decisive] > bound
-        leaving = done | (limits <= length) | (hope == NEVER)
-        if leaving.any():
-            row, stay = leaving.nonzero()[:, 0], (~leaving).nonzero()[:, 0]
-            _store(results, sentences[row], finished.of(row), alive.of(row), top_beams)
-            sentences, parents, alive, finished = sentences[stay], parents[stay], alive.of(stay), finished.of(stay)
-            first_rows, rows = first_rows[: len(stay)], sentences.repeat_interleave(beam_size)
-            limits, limit_penalties = limits[stay], limit_penalties[stay]
+        if any_finished or hopeless or length >= nearest:
+            hope = alive.scores[:, 0] / limit_penalties
+            bound = hope if options.patience is None else NEVER  # with patience it takes a full list, no more
+            done = finished.scores[:, decisive] > bound
+            leaving = done | (limits <= length) | (hope == NEVER)
+            if leaving.any():
+                row, stay = leaving.nonzero()[:, 0], (~leaving).nonzero()[:, 0]
+                _store(results, sentences[row], finished.of(row), alive.of(row), top_beams)
+                sentences, alive, finished = sentences[stay], alive.of(stay), finished.of(stay)
+                parents = parents.view(-1, beam_size)[stay].flatten()
+                rows = sentences.repeat_interleave(beam_size)
+                limits, limit_penalties = limits[stay], limit_penalties[stay]
+                nearest = int(limits.min()) if len(stay) else 0
+                any_finished = bool((finished.scores > NEVER).any())
         if results.streaming:
             results.tell(sentences, alive.tokens[:, 0, 1:], _common(alive, finished))
     return results.found
 
 
-def _store(results: Results, sentences: Tensor, finished: _Beams, alive: _Beams, top_beams: int) -> None:
+def _arrived(alive: Alive, found: Continuations, scores: Tensor) -> _Finished:
+    """All continuations (b, m) as hypotheses, with these scores."""
+    rows = torch.arange(len(scores), device=scores.device)[:, None]
+    tokens, log_probs = (x[rows, found.beam] for x in (alive.tokens, alive.log_probs))
+    return _Finished(
+        scores,
+        torch.cat([tokens, found.token[..., None]], 2),
+        torch.cat([log_probs, found.log_prob[..., None].to(log_probs.dtype)], 2),
+        torch.full_like(found.token, tokens.shape[2]),
+    )
+
+
+def _store(results: Results, sentences: Tensor, finished: _Finished, alive: Alive, top_beams: int) -> None:
     """The best finished hypotheses; of sentences that have none, the best alive ones."""
     any_finished = finished.scores[:, :1] > NEVER
-    finished = finished.width(alive.log_probs.shape[2])
+    length = alive.log_probs.shape[2]
+    lengths = torch.full_like(alive.tokens[..., 0], length)
     scores, tokens, log_probs, lengths = (
         torch.where(any_finished.view(-1, *[1] * (done.dim() - 1)), done[:, :top_beams], going[:, :top_beams])
-        for done, going in zip(finished, alive, strict=True)
+        for done, going in zip(
+            finished.width(length), (alive.scores, alive.tokens, alive.log_probs, lengths), strict=True
+        )
     )
     results.store(sentences, tokens[..., 1:], log_probs, lengths, scores, any_finished.expand_as(scores))
 
 
-def _common(alive: _Beams, finished: _Beams) -> Tensor:
+def _common(alive: Alive, finished: _Finished) -> Tensor:
     """(b,): with how many tokens all of a sentence's hypotheses begin: what comes of them begins so too."""
     finished = finished.width(alive.log_probs.shape[2])
     tokens = torch.cat([alive.tokens, finished.tokens], 1)[..., 1:]

@@ -5,6 +5,8 @@
 
 #include <array>
 
+#include "../common/bind.h"
+#include "advance_beams.h"
 #include "log_softmax_top_k.h"
 
 namespace py = pybind11;
@@ -36,6 +38,23 @@ void register_log_softmax_top_k(py::module_& m) {
         cpu::log_softmax_top_k(arguments(sizes, dtype, x, addend, results, working));
       },
       release());
+  m.def(
+      "advance_beams",
+      [](const std::array<int64_t, 6>& sizes, const std::array<uintptr_t, 6>& alive,
+         const std::array<uintptr_t, 5>& next) {
+        cpu::AdvanceBeams args;
+        args.B = sizes[0], args.k = sizes[1], args.m = sizes[2], args.T = sizes[3], args.V = sizes[4],
+        args.eos = sizes[5];
+        args.near = at(alive[0]), args.places = at(alive[1]), args.scores = at(alive[2]), args.behind = at(alive[3]);
+        args.tokens = at(alive[4]), args.log_probs = at(alive[5]);
+        args.next_scores = at(next[0]), args.next_behind = at(next[1]), args.next_tokens = at(next[2]);
+        args.next_log_probs = at(next[3]), args.parents = at(next[4]);
+        const cpu::Advanced found = cpu::advance_beams(args);
+        return std::make_tuple(found.nan, found.ended, found.hopeless);
+      },
+      "sizes: B, k, m, T, V, eos. alive: near, places, scores, behind, tokens, log_probs. next: scores, behind, "
+      "tokens, "
+      "log_probs, parents. Returns whether there is NaN, something ended, and a sentence is hopeless.");
 #ifdef FUSED_WITH_CUDA
   m.def("log_softmax_top_k_parts_cuda", &cuda::log_softmax_top_k_parts, "Into how many parts a row of V is cut.");
   m.def(

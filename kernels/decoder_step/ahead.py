@@ -25,7 +25,7 @@ class Histories(NamedTuple):
 
 
 class Draft(NamedTuple):
-    """A decoder of the same shape, its projection (V, E) to logits, and what it is asked for: levels of width guesses."""
+    """A decoder of the same shape, its projection (V, E) to logits, and what is asked: `levels` of `width` guesses."""
 
     decoder: PackedDecoder
     output: PackedLinear

@@ -156,8 +156,8 @@ def test_a_step_embeds_its_tokens(backend, positions, dtype):
     tokens = torch.randint(VOCABULARY, (2 * len(arguments["x"]),), dtype=dtype)[::2]
     tokens[1] = 0
     start = {"positions": positions, "start": 5 if positions else 0}
-    x = embedding(tokens[:, None], table.weight, **start, padding_idx=0).squeeze(1)
     with running_on(backend):
+        x = embedding(tokens[:, None], table.weight, **start, padding_idx=0).squeeze(1)
         expected = decoder_step(**arguments | {"x": x}, decoder=decoder)
         assert_equal(decoder_step(**arguments | {"x": tokens}, table=table, decoder=decoder), expected)
 
@@ -169,8 +169,9 @@ def test_tokens_at_positions_of_their_own(backend):
     arguments["cache"] = torch.randn_like(arguments["cache"])
     places = {"positions": torch.tensor([2, 5, 0]), "slots": torch.tensor([2, 0, 1])}
     tokens = torch.tensor([7, 7, 0])
-    x = embedding(tokens[:, None], table.weight, position_ids=places["positions"][:, None], padding_idx=0).squeeze(1)
     with running_on(backend):
+        at = places["positions"][:, None]
+        x = embedding(tokens[:, None], table.weight, position_ids=at, padding_idx=0).squeeze(1)
         expected = decoder_step(**arguments | {"x": x}, **places, decoder=decoder)
         assert_equal(decoder_step(**arguments | {"x": tokens}, **places, table=table, decoder=decoder), expected)
 
