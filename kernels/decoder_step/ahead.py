@@ -91,8 +91,8 @@ def step_ahead(
         raise ValueError(f"there must be as many tokens of each of {batch} sentences, got {len(tokens)}")
     if length + draft.levels >= room:
         raise ValueError(f"cache has room for {room} positions, and {length + draft.levels + 1} are wanted")
-    compiled = all(part.native is not None for part in (decoder, draft.decoder, draft.output))
-    if not compiled or not undisturbed():
+    compiled = draft.decoder.native is not None and draft.output.native is not None
+    if decoder.native is None or not compiled or not undisturbed():
         return _plain(
             *(tokens, table, decoder, cache, length, memory, batch, slots, draft, histories, scores),
             *(memory_lengths, sources),

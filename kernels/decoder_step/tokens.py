@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fused_transformer.kernels import _native
-from fused_transformer.kernels.embedding import embedding, sinusoidal_positions
+from fused_transformer.kernels.embedding import Layout, embedding, sinusoidal_positions
 
 FEWEST_POSITIONS = 512  # of what is kept; doubled as it is outgrown
 
@@ -25,7 +25,7 @@ class TokenTable:
         ValueError: the weight is not like that.
     """
 
-    def __init__(self, weight: Tensor, positions: str | None, padding_idx: int | None) -> None:
+    def __init__(self, weight: Tensor, positions: Layout | None, padding_idx: int | None) -> None:
         fits = weight.dim() == 2 and weight.dtype == torch.float32 and weight.is_cpu and weight.is_contiguous()
         if not fits or weight.requires_grad:
             raise ValueError("a step's table must be (V, E) float32 on the CPU, contiguous, without gradients")
