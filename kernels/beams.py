@@ -10,6 +10,9 @@ from torch import Tensor
 from fused_transformer.kernels import _native
 from fused_transformer.kernels._dispatch import undisturbed
 
+# Of values, places and the fields of Alive.
+_DTYPES = (torch.float32, torch.int64, torch.float64, torch.float32, torch.int64, torch.float32)
+
 
 class Alive(NamedTuple):
     """k hypotheses of each of b sentences, the likeliest first; a score of -inf: there is none.
@@ -81,9 +84,11 @@ def advance_beams(alive: Alive, values: Tensor, places: Tensor, *, vocabulary: i
     Of continuations that are equally likely the first is taken.
     """
     b, k, room = alive.tokens.shape
-    native = values.is_cpu and values.dtype == torch.float32 and _native.available() and undisturbed()
     inputs = (values, places, *alive)
-    if not native or not all(x.is_contiguous() for x in inputs):
+    as_expected = all(
+        x.dtype is dtype and x.is_cpu and x.is_contiguous() for x, dtype in zip(inputs, _DTYPES, strict=True)
+    )
+    if not as_expected or not _native.available() or not undisturbed():
         return _plain(alive, values, places, vocabulary, eos_idx)
     following = Alive(
         torch.empty_like(alive.scores),

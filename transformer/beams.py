@@ -48,7 +48,8 @@ def _start(sentences: Tensor, beams: int, bos_idx: int) -> Alive:
     scores = torch.full((len(sentences), beams), NEVER, device=sentences.device, dtype=torch.float64)
     scores[:, 0] = 0.0
     tokens = torch.full((*scores.shape, 1), bos_idx, device=sentences.device)
-    return Alive(scores, scores.float(), tokens, torch.zeros(*scores.shape, 0, device=sentences.device))
+    log_probs = torch.zeros(*scores.shape, 0, device=sentences.device, dtype=torch.float32)
+    return Alive(scores, scores.float(), tokens, log_probs)
 
 
 def _none(sentences: Tensor, capacity: int, longest: int, padding_idx: int) -> _Finished:
@@ -56,7 +57,7 @@ def _none(sentences: Tensor, capacity: int, longest: int, padding_idx: int) -> _
     device = sentences.device
     scores = torch.full((len(sentences), capacity), NEVER, device=device, dtype=torch.float64)
     tokens = torch.full((*scores.shape, 1 + longest), padding_idx, device=device)
-    log_probs = torch.zeros(*scores.shape, longest, device=device)
+    log_probs = torch.zeros(*scores.shape, longest, device=device, dtype=torch.float32)
     return _Finished(scores, tokens, log_probs, torch.zeros_like(tokens[..., 0]))
 
 

@@ -120,7 +120,7 @@ class _LogProbs:
     """Of each sentence's tokens (n, t); joined when asked for. Those that are known later are 0 here."""
 
     def __init__(self, count: int, device: torch.device) -> None:
-        self._joined = torch.zeros(count, 0, device=device)
+        self._joined = torch.zeros(count, 0, device=device, dtype=torch.float32)
         self._later: list[Tensor | None] = []
 
     def append(self, log_prob: Tensor | None) -> None:
@@ -133,8 +133,9 @@ class _LogProbs:
         self._joined = self._all()[rows]
 
     def sums(self) -> Tensor:
-        """(n,) float64: of hundreds."""
-        return self._all().sum(1, dtype=torch.float64)
+        """(n,) float64: of hundreds; one after the other, whatever sentences are beside."""
+        every = self._all().double()
+        return every.cumsum(1)[:, -1] if every.shape[1] else every.sum(1)
 
     def _all(self) -> Tensor:
         if self._later:

@@ -69,9 +69,9 @@ class Results:
         self.found = Hypotheses(
             tokens=max_lengths.new_full((batch, hypotheses, longest), padding_idx),
             lengths=max_lengths.new_zeros(batch, hypotheses),
-            scores=torch.full((batch, hypotheses), NEVER, device=device),
+            scores=torch.full((batch, hypotheses), NEVER, device=device, dtype=torch.float32),
             finished=torch.zeros(batch, hypotheses, dtype=torch.bool, device=device),
-            log_probs=torch.zeros(batch, hypotheses, longest, device=device),
+            log_probs=torch.zeros(batch, hypotheses, longest, device=device, dtype=torch.float32),
         )
         self._on_tokens = on_tokens
         self._told = max_lengths.new_zeros(batch)

@@ -135,7 +135,7 @@ def new_state(
         raise ValueError(f"beam_size must be at least 1, got {beam_size}")
     batch, heads, _, width = projected[0][0].shape if projected else (len(memory), 1, 0, 1)
     cache = empty_keys_and_values(len(projected), batch * beam_size, heads, CAPACITY_STEP, width, like=memory)
-    lengths = None if memory_lengths is None else memory_lengths.to(torch.int32)
+    lengths = None if memory_lengths is None else memory_lengths.to(torch.int32).contiguous()
     return DecoderState(projected, lengths, cache, beam_size=beam_size)
 
 

@@ -362,5 +362,6 @@ def _embedding(module: TokenEmbedding) -> TokenEmbedding:
     vocab_size, width = module.weight.shape
     with torch.device("meta"):  # its initial weights would be drawn for nothing
         copy = TokenEmbedding(vocab_size, width, positions=module.positions, padding_idx=module.padding_idx)
-    copy.weight = nn.Parameter(module.weight.detach().float().clone(), requires_grad=False)
+    weight = module.weight.detach().float().clone(memory_format=torch.contiguous_format)
+    copy.weight = nn.Parameter(weight, requires_grad=False)
     return copy.eval()

@@ -79,9 +79,9 @@ class Ahead {
     std::memcpy(tokens_, a_.tokens, size_t(count) * sizeof(int64_t));
     int32_t* const table = histories_[0];
     for (int64_t r = 0; r < count; ++r) {
-      const int64_t known = a_.former == nullptr ? 0 : std::min(a_.step.length, a_.former_room);
+      const int64_t known = a_.former == nullptr ? 0 : a_.step.length;
       if (known > 0)
-        std::memcpy(table + r * a_.room, a_.former + a_.from[r] * a_.former_room, size_t(known) * sizeof(int32_t));
+        std::memcpy(table + r * a_.room, a_.former + a_.from[r] * a_.former_stride, size_t(known) * sizeof(int32_t));
       std::fill(table + r * a_.room + known, table + (r + 1) * a_.room, 0);
     }
     if (a_.levels == 0) return;

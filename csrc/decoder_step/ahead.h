@@ -34,10 +34,10 @@ struct StepAhead {
   const int64_t* tokens = nullptr;  // (B * size,), the last of each hypothesis of level 0
   const double* scores = nullptr;   // (B, >= size): their log-probabilities; nullptr: all are as likely
   int64_t scores_stride = 0;        // from a sentence to the next
-  // Where the histories of level 0 are: those of rows `from` (B * size,) of a former call's `ancestors`, whose rows
-  // have room for former_room positions. nullptr: there is no history.
+  // Where the histories of level 0 are: those of rows `from` (B * size,) of a former call's `ancestors`, which lie
+  // former_stride apart and have room for `length` positions. nullptr: there is no history.
   const int32_t* former = nullptr;
-  int64_t former_room = 0;
+  int64_t former_stride = 0;
   const int64_t* from = nullptr;
 
   int64_t room = 0;              // positions that the cache has

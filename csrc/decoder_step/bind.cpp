@@ -153,7 +153,7 @@ void register_decoder_step(py::module_& m) {
             args.draft = guesser, args.guess = &projection;
             args.tokens = tokens.data();
             args.scores = at(scores.first), args.scores_stride = scores.second;
-            args.former = at(former.first), args.former_room = former.second, args.from = from.data();
+            args.former = at(former.first), args.former_stride = former.second, args.from = from.data();
             args.room = room, args.out = at(out), args.ancestors = at(ancestors);
             std::vector<int64_t> guesses(size_t(args.B * std::max<int64_t>(args.levels, 0) * args.width));
             args.guesses = guesses.data();
@@ -165,7 +165,7 @@ void register_decoder_step(py::module_& m) {
             return std::make_pair(bad, guesses);
           },
           "sizes: sentences, hypotheses of each, levels, width, slots, length. embedding: as for "
-          "step. scores: address, stride. former: address, room. Returns the first bad token's "
+          "step. scores: address, stride. former: address, stride. Returns the first bad token's "
           "number, or -1, and the guesses.");
 }
 

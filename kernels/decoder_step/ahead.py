@@ -10,6 +10,7 @@ from torch import Tensor
 from fused_transformer.kernels import _native
 from fused_transformer.kernels._dispatch import undisturbed
 from fused_transformer.kernels.decoder_step import decoder_step, native
+from fused_transformer.kernels.decoder_step.checks import checked_ahead
 from fused_transformer.kernels.decoder_step.memory import Memory
 from fused_transformer.kernels.decoder_step.packed import PackedDecoder
 from fused_transformer.kernels.decoder_step.tokens import TokenTable
@@ -91,6 +92,9 @@ def step_ahead(
         raise ValueError(f"there must be as many tokens of each of {batch} sentences, got {len(tokens)}")
     if length + draft.levels >= room:
         raise ValueError(f"cache has room for {room} positions, and {length + draft.levels + 1} are wanted")
+    if scores is not None and scores.dim() == 2 and scores.shape[1] < size:
+        raise ValueError(f"scores must be of {size} hypotheses or more of each sentence, got {scores.shape[1]}")
+    checked_ahead(table, decoder, memory, memory_lengths, sources, histories, scores, batch, length)
     compiled = draft.decoder.native is not None and draft.output.native is not None
     if decoder.native is None or not compiled or not undisturbed():
         return _plain(
@@ -100,15 +104,16 @@ def step_ahead(
     rows = batch * (size + draft.levels * draft.width)
     hidden, ancestors = cache.new_empty(rows, decoder.width), cache.new_empty(rows, room, dtype=torch.int32)
     former = None if histories is None else histories.ancestors
+    looked_up, positions = table.native(length + draft.levels + 1)  # which lie there as long as this holds them
     bad, guesses = decoder.native.step_ahead(
         (draft.decoder.native, draft.output.native, _native.ptr(draft.output.bias)),
         (batch, size, draft.levels, draft.width, slots, length),
-        table.native(length + draft.levels + 1),
+        looked_up,
         tokens,
         (0, 0) if scores is None else (scores.data_ptr(), scores.stride(0)),
         native.of_cache(cache),
         room,
-        (0, 0) if former is None else (former.data_ptr(), former.shape[1]),
+        (0, 0) if former is None else (former.data_ptr(), former.stride(0)),
         [] if histories is None else histories.rows,
         memory.native(),
         (_native.ptr(memory_lengths), _native.ptr(sources)),
@@ -116,6 +121,7 @@ def step_ahead(
         hidden.data_ptr(),
         ancestors.data_ptr(),
     )
+    del positions
     if bad >= 0:
         table.embed(torch.tensor(tokens, device="cpu"), length)  # which says so
     return Ahead(hidden, ancestors, guesses)

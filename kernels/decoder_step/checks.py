@@ -37,20 +37,41 @@ def checked(
         raise ValueError(f"cache has room for {shape[4]} positions, and there are {length}")
     _require("cache", cache, torch.float32, dense=True)
     memory = _memory(memory, depth, heads, width // heads)
-    if sources is None and len(memory[0][0]) < sequences:
-        raise ValueError(f"memory has {len(memory[0][0])} rows for {sequences}")
     if ancestors is not None:
         if ancestors.dim() != 2 or ancestors.shape[0] != rows or ancestors.shape[1] <= length:
             raise ValueError(f"ancestors must be ({rows}, more than {length}), got {tuple(ancestors.shape)}")
         _require("ancestors", ancestors, torch.int32, dense=True)
     elif slots is not None:
         raise ValueError("rows with slots of their own need ancestors, which say what they read")
-    _require_vector("memory_lengths", memory_lengths, torch.int32, sequences)
-    _require_vector("sources", sources, torch.int64, sequences)
+    _require_sequences(memory, memory_lengths, sources, sequences)
     _require_vector("positions", positions, torch.int64, rows)
     _require_vector("slots", slots, torch.int64, rows)
     x = x.contiguous()
     return x, decoder, cache, length, memory, ancestors, memory_lengths, sources, beams, positions, slots, table
+
+
+def checked_ahead(table, decoder, memory, memory_lengths, sources, histories, scores, batch: int, length: int) -> None:
+    """Raises where `step_ahead` can't read its tensors as they lie."""
+    if table.weight.shape[1] != decoder.width:
+        raise ValueError(f"table must be {decoder.width} wide, got {table.weight.shape[1]}")
+    _require_sequences(memory, memory_lengths, sources, batch)
+    if scores is not None:
+        if scores.dim() != 2 or scores.shape[0] != batch:
+            raise ValueError(f"scores must have shape ({batch}, n), got {tuple(scores.shape)}")
+        _require("scores", scores, torch.float64, dense=True)
+    if histories is not None:
+        known, room = histories.ancestors.shape
+        _require("ancestors", histories.ancestors, torch.int32, dense=True)
+        if room < length or not all(0 <= row < known for row in histories.rows):
+            raise ValueError(f"histories must be rows of ({known}, {length} or more) ancestors, got ({known}, {room})")
+
+
+def _require_sequences(memory: Memory, memory_lengths, sources, sequences: int) -> None:
+    """What tells sequences apart in memory."""
+    if sources is None and len(memory[0][0]) < sequences:
+        raise ValueError(f"memory has {len(memory[0][0])} rows for {sequences}")
+    _require_vector("memory_lengths", memory_lengths, torch.int32, sequences)
+    _require_vector("sources", sources, torch.int64, sequences)
 
 
 def _tokens(tokens: torch.Tensor, table: TokenTable, width: int) -> torch.Tensor:

@@ -28,6 +28,7 @@ def forward(
     slots,
     table,
 ):
+    looked_up, positions_of_tokens = (None, None) if table is None else table.native(length + 1)
     out = cache.new_empty(x.shape[0], decoder.width)
     bad = decoder.native.step(
         (x.shape[0], beams, length),
@@ -39,8 +40,9 @@ def forward(
         (_native.ptr(memory_lengths), _native.ptr(sources)),
         (_native.ptr(positions), _native.ptr(slots)),
         native.seconds(),
-        None if table is None else table.native(length + 1),
+        looked_up,
     )
+    del positions_of_tokens  # they had to lie there until now
     if bad >= 0:
         table.embed(x, length)  # which says so
     return out

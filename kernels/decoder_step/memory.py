@@ -39,12 +39,15 @@ class Memory(tuple):
             require(dense, "the last axis of memory must be contiguous")
         return self
 
+    def __reduce__(self):
+        return Memory, (tuple(self),)  # a copy's tensors lie elsewhere
+
     @property
     def requires_grad(self) -> bool:
         return any(part.requires_grad for pair in self for part in pair)
 
     def native(self):
-        """What the extension takes: addresses, made once."""
+        """What the extension takes: addresses, made once, of tensors that then stay where they are."""
         made = self.__dict__.get("_native")
         if made is None:
             keys = self[0][0]

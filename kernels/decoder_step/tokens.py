@@ -41,14 +41,13 @@ class TokenTable:
         )
         return x.squeeze(1)
 
-    def native(self, end: int) -> tuple[tuple[int, ...], float]:
-        """What the extension takes, for positions below `end`."""
+    def native(self, end: int) -> tuple[tuple[tuple[int, ...], float], Tensor | None]:
+        """What the extension takes, for positions below `end`, and the tensor that must outlive its use."""
         vocabulary, width = self.weight.shape
         padding = -1 if self.padding_idx is None else self.padding_idx % vocabulary
-        rows = 0
-        if self.positions is not None:
-            if self._positions is None or len(self._positions) < end:
-                rows = 1 << (max(end, FEWEST_POSITIONS) - 1).bit_length()
-                self._positions = sinusoidal_positions(rows, width, layout=self.positions, device="cpu")
-            rows = len(self._positions)
-        return (self.weight.data_ptr(), vocabulary, _native.ptr(self._positions), rows, padding), math.sqrt(width)
+        positions = self._positions  # another thread may put a longer one in its place
+        if self.positions is not None and (positions is None or len(positions) < end):
+            rows = 1 << (max(end, FEWEST_POSITIONS) - 1).bit_length()
+            positions = self._positions = sinusoidal_positions(rows, width, layout=self.positions, device="cpu")
+        place = (_native.ptr(positions), 0 if positions is None else len(positions))
+        return ((self.weight.data_ptr(), vocabulary, *place, padding), math.sqrt(width)), positions

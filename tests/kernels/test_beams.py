@@ -101,3 +101,14 @@ def test_sentences_that_left_a_view_behind():
     values, places = best(alive, torch.randn(8, VOCABULARY))
     expected = both(alive, values, places)
     assert_equal(advance_beams(every, values, places, vocabulary=VOCABULARY, eos_idx=EOS), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_histories_of_another_dtype_take_plain_torch(dtype):
+    alive = make(3, 2, 4)
+    values, places = best(alive, torch.randn(6, VOCABULARY))
+    expected = advance_beams(alive, values, places, vocabulary=VOCABULARY, eos_idx=EOS)
+    other = alive._replace(log_probs=alive.log_probs.to(dtype))
+    found = advance_beams(other, values, places, vocabulary=VOCABULARY, eos_idx=EOS)
+    assert_equal(found.alive.scores, expected.alive.scores)
+    assert_equal(found.alive.log_probs[..., -1], expected.alive.log_probs[..., -1].to(dtype))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+
 import pytest
 import torch
 from torch.testing import assert_close
@@ -203,3 +206,46 @@ def test_wrong_tokens_and_tables():
     for weight in (torch.randn(5, 4, dtype=torch.float64), torch.randn(4, 5).T, torch.randn(5, 4, requires_grad=True)):
         with pytest.raises(ValueError, match="a step's table must be"):
             TokenTable(weight, None, None)
+
+
+def test_tensors_that_can_not_be_read_as_they_lie():
+    rounds = Rounds(2)
+    first, _ = rounds.ask(step_ahead, [4, 9], levels=0)
+    history = {"length": 1, "histories": Histories(first.ancestors, [0, 1])}
+    cases = (
+        ({"histories": Histories(first.ancestors, [0, 2])}, "histories must be rows of"),
+        ({"histories": Histories(first.ancestors[:, :0], [0, 1])}, r"got \(2, 0\)"),
+        ({"histories": Histories(first.ancestors.long(), [0, 1])}, "ancestors must be torch.int32"),
+        ({"scores": torch.zeros(2, 1)}, "scores must be torch.float64"),
+        ({"scores": torch.zeros(3, 1, dtype=torch.float64)}, r"scores must have shape \(2, n\)"),
+        ({"scores": torch.zeros(2, 0, dtype=torch.float64)}, "of 1 hypotheses or more"),
+        ({"scores": torch.zeros(4, 2, dtype=torch.float64).t()[:, ::2]}, "the last axis of scores must be contiguous"),
+    )
+    for change, sentence in cases:
+        with pytest.raises(ValueError, match=sentence):
+            rounds.ask(step_ahead, [4, 9], **history | change)
+    rounds.memory_lengths = torch.ones(2, 2, dtype=torch.int32)[:, 0]
+    with pytest.raises(ValueError, match="the last axis of memory_lengths must be contiguous"):
+        rounds.ask(step_ahead, [4, 9])
+    rounds.memory_lengths, rounds.sources = None, torch.zeros(3, dtype=torch.int64)
+    with pytest.raises(ValueError, match=r"sources must have shape \(2,\), got \(3,\)"):
+        rounds.ask(step_ahead, [4, 9])
+
+
+def test_copies_of_memory_after_a_step_read_their_own():
+    rounds = Rounds(1)
+    expected, _ = rounds.ask(step_ahead, [4])
+    for copied in (copy.deepcopy(rounds.memory), pickle.loads(pickle.dumps(rounds.memory))):
+        assert type(copied) is Memory
+        rounds.memory = copied
+        assert_equal(rounds.ask(step_ahead, [4])[0], expected)
+    copied[0][0].zero_()
+    assert not torch.equal(rounds.ask(step_ahead, [4])[0].hidden, expected.hidden)
+
+
+def test_positions_outlive_a_table_that_another_thread_makes_longer():
+    table = make_table(8)
+    looked_up, held = table.native(3)
+    longer, _ = table.native(5000)
+    assert held is not None and looked_up[0][2:4] == (held.data_ptr(), 512) and longer[0][3] == 8192
+    assert_equal(table.native(3)[0], longer)

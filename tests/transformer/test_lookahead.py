@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -225,3 +227,40 @@ def test_what_it_is_to_a_search():
     memory = packed.encode(SOURCE, LENGTHS)
     step = LookingAhead(packed, memory, LENGTHS, 1, 9)
     assert isinstance(step, DeferringStep) and isinstance(step, RankedStep)
+
+
+def test_lengths_that_lie_apart(monkeypatch):
+    packed, apart = Counting(tiny().eval()), torch.stack([LENGTHS, LENGTHS + 50], 1).int()[:, 0]
+    options = SearchOptions(beam_size=2)
+    assert_equal(generate(packed, SOURCE, apart, options), generate(packed, SOURCE, LENGTHS, options))
+    assert packed.steps > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_another_default_dtype(dtype):
+    packed = Counting(tiny().eval())
+    options = SearchOptions(beam_size=3)
+    expected = generate(packed, SOURCE, LENGTHS, options)
+    torch.set_default_dtype(dtype)
+    try:
+        found = generate(packed, SOURCE, LENGTHS, options)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert found.tolist() == expected.tolist()
+
+
+def test_a_table_whose_columns_lie_together():
+    model = tiny().eval()
+    expected = search(Counting(model), {"beam_size": 3})
+    weight = model.source_embedding.weight
+    weight.data = weight.data.t().contiguous().t()
+    assert_equal(search(Counting(model), {"beam_size": 3}), expected)
+
+
+def test_a_state_is_copied_after_a_step():
+    packed = Counting(tiny().eval())
+    state = packed.start(packed.encode(SOURCE, LENGTHS), LENGTHS)
+    tokens = torch.full((len(SOURCE),), 5)
+    packed.step(tokens, state)
+    copied = copy.deepcopy(state)
+    assert_equal(packed.step(tokens, copied), packed.step(tokens, state))
