@@ -239,7 +239,7 @@ def test_copies_of_memory_after_a_step_read_their_own():
         assert type(copied) is Memory
         rounds.memory = copied
         assert_equal(rounds.ask(step_ahead, [4])[0], expected)
-    copied[0][0].zero_()
+    copied[0][1].zero_()  # the values
     assert not torch.equal(rounds.ask(step_ahead, [4])[0].hidden, expected.hidden)
 
 
