@@ -2,8 +2,8 @@
 
     python -m bench.aims [FILE.json ...]      a column for each; without files, for the newest of each processor
 
-What bench.training and bench.ctranslate2 wrote under the same name counts too. What is below its aim is named, in bold;
-of the rest the least and the greatest are told. No row of a group is left out.
+What bench.training and bench.ctranslate2 last wrote for the same processor counts too. What is below its aim is named,
+in bold; of the rest the least and the greatest are told. No row of a group is left out.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ BEYOND_CACHES = 100e6  # bytes: three times the level 3 cache of the Zen 3 whose
 
 
 def rows_of(path: Path) -> list[dict]:
-    """Of the suite; of bench.training and bench.ctranslate2, if they wrote under the same name.
+    """Of the suite, and what bench.training and bench.ctranslate2 last wrote for the same processor.
 
     Raises:
         ValueError: it is another file.
@@ -22,10 +22,17 @@ def rows_of(path: Path) -> list[dict]:
         raise ValueError(f"{path} is no result of the suite: what other benchmarks wrote is looked for beside it")
     rows = [*results["rows"], *_out_of_cache(results)]
     for folder, made in (("training", _trained), ("ctranslate2", _decoded)):
-        beside = path.parent / folder / path.name
+        beside = _beside(path, folder)
         for row in compare.read(beside)["rows"] if beside.exists() else ():
             rows += made(row)
     return rows
+
+
+def _beside(path: Path, folder: str) -> Path:
+    """The newest of the folder's results for the same processor (names end with the day), or what has path's name."""
+    processor = path.stem.rpartition("_")[0]
+    files = sorted((path.parent / folder).glob(f"{processor}_????-??-??.json")) if processor else []
+    return files[-1] if files else path.parent / folder / path.name
 
 
 def _out_of_cache(results: dict) -> Iterator[dict]:

@@ -75,6 +75,17 @@ def test_what_lies_beside_a_result_and_its_curve_are_rows_of_it(tmp_path):
     assert cells["bfloat16 no slower than CTranslate2's int8"] == "**1 greedy, 2 threads 0.75**"
 
 
+def test_the_newest_of_the_same_processor_counts(tmp_path):
+    (tmp_path / "a-b_2026-01-02.json").write_text(json.dumps({"machine": {}, "rows": [], "curves": []}))
+    (tmp_path / "ctranslate2").mkdir()
+    for name, rate in (("a-b_2026-01-01", 20.0), ("a-b_2026-01-03", 40.0), ("a-b-c_2026-01-04", 90.0)):
+        engines = {"fused float32": {"tokens_per_second": rate}, "ctranslate2 float32": {"tokens_per_second": 10.0}}
+        row = {"name": "batch 1 greedy, 2 threads", "engines": engines}
+        (tmp_path / "ctranslate2" / f"{name}.json").write_text(json.dumps({"machine": {}, "rows": [row]}))
+    cells = dict(line.strip("| ").split(" | ") for line in aims.table([tmp_path / "a-b_2026-01-02.json"])[2:])
+    assert cells["float32 over CTranslate2's, batch 1 greedy: 2.2"] == "4.00"
+
+
 def test_the_readme_has_what_the_newest_results_have():
     told = README.partition("<!-- aims:begin -->\n")[2].partition("\n<!-- aims:end -->")[0]
     assert told.splitlines() == aims.table(aims.newest()), "python -m bench.aims makes the table anew"
