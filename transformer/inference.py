@@ -25,7 +25,7 @@ from fused_transformer.kernels.decoder_step import (
     decoder_step,
     memory_of,
 )
-from fused_transformer.kernels.decoder_step.ahead import Ahead, Draft, Histories, step_ahead
+from fused_transformer.kernels.decoder_step.ahead import Ahead, Histories, step_ahead
 from fused_transformer.kernels.linear import WEIGHTS, PackedLinear, linear
 from fused_transformer.kernels.linear_argmax import ScreenedLinear, linear_argmax
 from fused_transformer.layers import DecoderLayer, EncoderLayer
@@ -252,7 +252,9 @@ class PackedTransformer:
             cast("Memory", state.memory),
             batch=batch,
             slots=slots,
-            draft=Draft(self.draft.decoder, self.draft.output, levels, width),
+            draft=self.draft,
+            levels=levels,
+            width=width,
             histories=histories,
             scores=scores,
             memory_lengths=state.memory_lengths,

@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <array>
 
 #include "../common/bind.h"
@@ -164,9 +165,9 @@ void register_decoder_step(py::module_& m) {
             }
             return std::make_pair(bad, guesses);
           },
-          "sizes: sentences, hypotheses of each, levels, width, slots, length. embedding: as for "
-          "step. scores: address, stride. former: address, stride. Returns the first bad token's "
-          "number, or -1, and the guesses.");
+          "sizes: sentences, hypotheses of each, levels, width, slots, length. embedding: as for step. "
+          "scores: address, stride. former: address, stride. Returns the first bad token's number, or -1, and the "
+          "guesses.");
 }
 
 }  // namespace fused

@@ -1,9 +1,8 @@
 #pragma once
 // What a step of beam search makes of the likeliest continuations, for hypotheses on the CPU: those that live on.
 //
-//   likeliest[b, i] = scores[b, 0] + near[b, i]       near, places (B, m): values and places of log_softmax_top_k,
-//   which
-//                                                     was given `behind` as addend
+//   near, places (B, m): what log_softmax_top_k found, with `behind` as its addend
+//   likeliest[b, i] = scores[b, 0] + near[b, i]
 //   the k likeliest of a sentence that do not end with eos; of equal ones, and of those that are -inf, the first
 //
 // Some hundred numbers are touched. It is one call because torch's operations would be forty, at 10 us each where a

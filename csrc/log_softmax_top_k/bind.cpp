@@ -53,8 +53,7 @@ void register_log_softmax_top_k(py::module_& m) {
         return std::make_tuple(found.nan, found.ended, found.hopeless);
       },
       "sizes: B, k, m, T, V, eos. alive: near, places, scores, behind, tokens, log_probs. next: scores, behind, "
-      "tokens, "
-      "log_probs, parents. Returns whether there is NaN, something ended, and a sentence is hopeless.");
+      "tokens, log_probs, parents. Returns whether there is NaN, something ended, and a sentence is hopeless.");
 #ifdef FUSED_WITH_CUDA
   m.def("log_softmax_top_k_parts_cuda", &cuda::log_softmax_top_k_parts, "Into how many parts a row of V is cut.");
   m.def(

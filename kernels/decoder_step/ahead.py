@@ -10,7 +10,7 @@ from torch import Tensor
 from fused_transformer.kernels import _native
 from fused_transformer.kernels._dispatch import undisturbed
 from fused_transformer.kernels.decoder_step import decoder_step, native
-from fused_transformer.kernels.decoder_step.checks import checked_ahead
+from fused_transformer.kernels.decoder_step.checks import check_ahead
 from fused_transformer.kernels.decoder_step.memory import Memory
 from fused_transformer.kernels.decoder_step.packed import PackedDecoder
 from fused_transformer.kernels.decoder_step.tokens import TokenTable
@@ -23,15 +23,6 @@ class Histories(NamedTuple):
 
     ancestors: Tensor
     rows: list[int]
-
-
-class Draft(NamedTuple):
-    """A decoder of the same shape, its projection (V, E) to logits, and what is asked: `levels` of `width` guesses."""
-
-    decoder: PackedDecoder
-    output: PackedLinear
-    levels: int
-    width: int
 
 
 class Ahead(NamedTuple):
@@ -57,7 +48,9 @@ def step_ahead(
     *,
     batch: int,
     slots: int,
-    draft: Draft,
+    draft: tuple[PackedDecoder, PackedLinear],
+    levels: int,
+    width: int,
     histories: Histories | None = None,
     scores: Tensor | None = None,
     memory_lengths: Tensor | None = None,
@@ -79,7 +72,8 @@ def step_ahead(
         length: positions there are ahead of level 0, whose tokens are at this one; the cache has room for the levels.
         batch, slots: B, and rows of the cache for each sentence, at least n and width: row i of a level is written in
             row slots · b + i.
-        draft: what guesses.
+        draft: what guesses: a decoder of the same shape, and its projection (V, E) to logits.
+        levels, width: of guesses.
         histories: of the hypotheses, among rows of a former result; None: length is 0.
         scores: (B, n or more) float64, their log-probabilities, a sentence's numbers side by side; None: all equal.
 
@@ -87,27 +81,26 @@ def step_ahead(
         IndexError: a token is outside the vocabulary.
         ValueError: sizes do not fit.
     """
+    guesser, output = draft
     size, room = len(tokens) // max(batch, 1), cache.shape[4]
     if batch < 1 or size < 1 or size * batch != len(tokens):
         raise ValueError(f"there must be as many tokens of each of {batch} sentences, got {len(tokens)}")
-    if length + draft.levels >= room:
-        raise ValueError(f"cache has room for {room} positions, and {length + draft.levels + 1} are wanted")
-    if scores is not None and scores.dim() == 2 and scores.shape[1] < size:
-        raise ValueError(f"scores must be of {size} hypotheses or more of each sentence, got {scores.shape[1]}")
-    checked_ahead(table, decoder, memory, memory_lengths, sources, histories, scores, batch, length)
-    compiled = draft.decoder.native is not None and draft.output.native is not None
+    if length + levels >= room:
+        raise ValueError(f"cache has room for {room} positions, and {length + levels + 1} are wanted")
+    check_ahead(table, decoder, memory, memory_lengths, sources, histories, scores, batch, size, length)
+    compiled = guesser.native is not None and output.native is not None
     if decoder.native is None or not compiled or not undisturbed():
         return _plain(
-            *(tokens, table, decoder, cache, length, memory, batch, slots, draft, histories, scores),
-            *(memory_lengths, sources),
+            *(tokens, table, decoder, cache, length, memory, batch, slots, draft, levels, width),
+            *(histories, scores, memory_lengths, sources),
         )
-    rows = batch * (size + draft.levels * draft.width)
+    rows = batch * (size + levels * width)
     hidden, ancestors = cache.new_empty(rows, decoder.width), cache.new_empty(rows, room, dtype=torch.int32)
     former = None if histories is None else histories.ancestors
-    looked_up, positions = table.native(length + draft.levels + 1)  # which lie there as long as this holds them
+    looked_up, positions = table.native(length + levels + 1)  # which lie there as long as this holds them
     bad, guesses = decoder.native.step_ahead(
-        (draft.decoder.native, draft.output.native, _native.ptr(draft.output.bias)),
-        (batch, size, draft.levels, draft.width, slots, length),
+        (guesser.native, output.native, _native.ptr(output.bias)),
+        (batch, size, levels, width, slots, length),
         looked_up,
         tokens,
         (0, 0) if scores is None else (scores.data_ptr(), scores.stride(0)),
@@ -128,10 +121,25 @@ def step_ahead(
 
 
 def _plain(
-    tokens, table, decoder, cache, length, memory, batch, slots, draft, histories, scores, memory_lengths, sources
+    tokens,
+    table,
+    decoder,
+    cache,
+    length,
+    memory,
+    batch,
+    slots,
+    draft,
+    levels,
+    width,
+    histories,
+    scores,
+    memory_lengths,
+    sources,
 ) -> Ahead:
     """The same out of the ops that it is made of."""
-    sentences, vocabulary = torch.arange(batch, device="cpu"), draft.output.out_features
+    guesser, output = draft
+    sentences, vocabulary = torch.arange(batch, device="cpu"), output.out_features
     chosen = torch.tensor(tokens, device="cpu")
     ancestors = torch.zeros(len(chosen), cache.shape[4], dtype=torch.int32, device="cpu")
     if histories is not None:
@@ -144,21 +152,21 @@ def _plain(
         own = {"ancestors": table, "positions": positions, "slots": places, "beams": len(x) // batch}
         return decoder_step(x, one, cache, last, memory, memory_lengths=memory_lengths, sources=sources, **own)
 
-    levels: list[list[Tensor]] = []  # of each: what its rows are in a step, (B, its size, ...)
+    parts: list[list[Tensor]] = []  # of each: what its rows are in a step, (B, its size, ...)
     guesses: list[Tensor] = []
-    for position in range(length, length + draft.levels + 1):
+    for position in range(length, length + levels + 1):
         size = len(chosen) // batch
         places = (sentences[:, None] * slots + torch.arange(size, device="cpu")).flatten()
         ancestors[:, position] = places.int()
         level = [table.embed(chosen, position), ancestors, torch.full_like(chosen, position), places]
-        levels.append([part.unflatten(0, (batch, size)) for part in level])
-        if len(guesses) == draft.levels:
+        parts.append([part.unflatten(0, (batch, size)) for part in level])
+        if len(guesses) == levels:
             break
-        logits = linear(step(draft.decoder, position, *level), draft.output)
-        best, keys = log_softmax_top_k(logits, draft.width, beams=size, addend=known)
+        logits = linear(step(guesser, position, *level), output)
+        best, keys = log_softmax_top_k(logits, width, beams=size, addend=known)
         guesses.append(keys)
         known, chosen = best.flatten(), (keys % vocabulary).flatten()
         ancestors = ancestors[(keys // vocabulary + sentences[:, None] * size).flatten()]
-    every = [torch.cat(parts, 1).flatten(0, 1) for parts in zip(*levels, strict=True)]
-    hidden = step(decoder, length + draft.levels, *every)
+    every = [torch.cat(each, 1).flatten(0, 1) for each in zip(*parts, strict=True)]
+    hidden = step(decoder, length + levels, *every)
     return Ahead(hidden, every[1], torch.stack(guesses, 1).flatten().tolist() if guesses else [])

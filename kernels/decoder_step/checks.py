@@ -50,14 +50,16 @@ def checked(
     return x, decoder, cache, length, memory, ancestors, memory_lengths, sources, beams, positions, slots, table
 
 
-def checked_ahead(table, decoder, memory, memory_lengths, sources, histories, scores, batch: int, length: int) -> None:
+def check_ahead(
+    table, decoder, memory, memory_lengths, sources, histories, scores, batch: int, size: int, length: int
+) -> None:
     """Raises where `step_ahead` can't read its tensors as they lie."""
     if table.weight.shape[1] != decoder.width:
         raise ValueError(f"table must be {decoder.width} wide, got {table.weight.shape[1]}")
     _require_sequences(memory, memory_lengths, sources, batch)
     if scores is not None:
-        if scores.dim() != 2 or scores.shape[0] != batch:
-            raise ValueError(f"scores must have shape ({batch}, n), got {tuple(scores.shape)}")
+        if scores.dim() != 2 or scores.shape[0] != batch or scores.shape[1] < size:
+            raise ValueError(f"scores must have shape ({batch}, {size} or more), got {tuple(scores.shape)}")
         _require("scores", scores, torch.float64, dense=True)
     if histories is not None:
         known, room = histories.ancestors.shape

@@ -11,7 +11,7 @@ from torch.testing import assert_close
 
 from fused_transformer.kernels import use_backend
 from fused_transformer.kernels.decoder_step import Memory, TokenTable, ahead, decoder_step
-from fused_transformer.kernels.decoder_step.ahead import Draft, Histories, step_ahead
+from fused_transformer.kernels.decoder_step.ahead import Histories, step_ahead
 from fused_transformer.kernels.embedding import embedding
 from fused_transformer.kernels.linear import PackedLinear
 from tests.inputs import running_on
@@ -54,7 +54,9 @@ class Rounds:
             self.memory,
             batch=self.batch,
             slots=SLOTS,
-            draft=Draft(self.draft, self.output, levels, self.width),
+            draft=(self.draft, self.output),
+            levels=levels,
+            width=self.width,
             **{"histories": None, "scores": None} | options,
             memory_lengths=self.memory_lengths,
             sources=self.sources,
@@ -217,8 +219,8 @@ def test_tensors_that_can_not_be_read_as_they_lie():
         ({"histories": Histories(first.ancestors[:, :0], [0, 1])}, r"got \(2, 0\)"),
         ({"histories": Histories(first.ancestors.long(), [0, 1])}, "ancestors must be torch.int32"),
         ({"scores": torch.zeros(2, 1)}, "scores must be torch.float64"),
-        ({"scores": torch.zeros(3, 1, dtype=torch.float64)}, r"scores must have shape \(2, n\)"),
-        ({"scores": torch.zeros(2, 0, dtype=torch.float64)}, "of 1 hypotheses or more"),
+        ({"scores": torch.zeros(3, 1, dtype=torch.float64)}, r"scores must have shape \(2, 1 or more\), got \(3, 1\)"),
+        ({"scores": torch.zeros(2, 0, dtype=torch.float64)}, r"got \(2, 0\)"),
         ({"scores": torch.zeros(4, 2, dtype=torch.float64).t()[:, ::2]}, "the last axis of scores must be contiguous"),
     )
     for change, sentence in cases:
