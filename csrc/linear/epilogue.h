@@ -28,6 +28,37 @@ FT_INLINE void store_sum(const Linear& args, int64_t m, int64_t n, Vec sum) {
   store(args.y + m * args.y_stride + n, sum, count);
 }
 
+[[gnu::noinline]] inline void store_one_by_one(const Linear& args, int64_t m, int64_t n, int rows, int vectors,
+                                               const float* sums) {
+  for (int r = 0; r < rows; ++r)
+    for (int j = 0; j < vectors; ++j, sums += kWidth) store_sum(args, m + r, n + j * kWidth, load(sums));
+}
+
+// Rows m ... m + R beside V vectors of columns from n on. What is usual is done without a question for each vector:
+// that made 360 instructions after some 3000 cycles of multiplying, and long code is gone from the caches by then.
+template <int R, int V>
+FT_INLINE void store_sums(const Linear& args, int64_t m, int64_t n, Vec (&sums)[R][V]) {
+  const auto each = [&](const auto& f) __attribute__((always_inline)) {
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+      for (int j = 0; j < V; ++j) f(r, j);
+  };
+  const bool usual =
+      n + V * kWidth <= args.weight->N && (args.activation == Activation::none || args.activation == Activation::relu);
+  if (!usual) {
+    alignas(64) float kept[R * V * kWidth];
+    each([&](int r, int j) { store(kept + (r * V + j) * kWidth, sums[r][j]); });
+    return store_one_by_one(args, m, n, R, V, kept);
+  }
+  if (args.bias) each([&](int r, int j) { sums[r][j] += load(args.bias + n + j * kWidth); });
+  if (args.activation == Activation::relu)
+    each([&](int r, int j) { sums[r][j] = activated(Activation::relu, sums[r][j]); });
+  if (args.residual)
+    each([&](int r, int j) { sums[r][j] += load(args.residual + (m + r) * args.residual_stride + n + j * kWidth); });
+  each([&](int r, int j) { store(args.y + (m + r) * args.y_stride + n + j * kWidth, sums[r][j]); });
+}
+
 // A task is a panel of columns for up to kTaskRows rows: those of width 512 stay in the second-level cache beside the
 // panel. (96 and 192 rows came out up to 8 % slower at 256 rows, which are then two tasks.)
 constexpr int64_t kTaskRows = 384;

@@ -39,17 +39,19 @@ void linear_float32(const Linear& args) {
     const float* weights = static_cast<const float*>(w.data.get()) + panel * w.K * kPanel;
     const int64_t n = panel * kPanel, blocks_of_rows = (count + kRows - 1) / kRows;
     // A row of a block's weights is passed blocks_of_rows times, and has kBlock / kLine lines.
-    const bool once = blocks_of_rows == 1;
-    const bool left_alone = count > kRowsInChunks || (once && is_amd() && (kWide || count == 1));
-    const int64_t due = left_alone ? 0 : 64 * (kBlock / kLine) / blocks_of_rows;
-    if (once || (count > kRowsInChunks && kWide))
-      return multiply_panel<Order::rows>(args, weights, n, first, count, due);
+    const bool once = blocks_of_rows == 1, many = count > kRowsInChunks;
+    const bool left_alone = (many && kWide) || (once && is_amd() && (kWide || count == 1));
+    const int64_t passes = many ? kRowsInChunks / kRows : blocks_of_rows;
+    const int64_t due = left_alone ? 0 : 64 * (kBlock / kLine) / passes;
+    // Many rows multiply for so long that reading the weights no longer shows, and there the sums need not wait.
+    if (once || (many && kWide)) return multiply_panel<Order::rows>(args, weights, n, first, count, due);
     for (int64_t m = 0; m < count; m += kRowsInChunks) {
       const int64_t rows = smaller(kRowsInChunks, count - m);
+      const float* const after = m + kRowsInChunks < count ? weights : weights + w.K * kPanel;
       if (gathers)
-        multiply_in_chunks<Order::gathered>(gathered, weights, n, first + m, rows, due);
+        multiply_in_chunks<Order::gathered>(gathered, weights, n, first + m, rows, due, after);
       else
-        multiply_in_chunks<Order::rows>(args, weights, n, first + m, rows, due);
+        multiply_in_chunks<Order::rows>(args, weights, n, first + m, rows, due, after);
     }
   });
 }

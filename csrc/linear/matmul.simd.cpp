@@ -139,7 +139,7 @@ void multiply(const Matmul& args, const Slab& slab, int64_t n, int64_t first, in
       part.y = memory.y, part.y_stride = kPanel;
     if constexpr (!kWide) {
       part.x = args.gathered + m * slab.length;
-      multiply_in_chunks<Order::gathered>(part, memory.panel, 0, 0, rows, 0);
+      multiply_in_chunks<Order::gathered>(part, memory.panel, 0, 0, rows, 0, memory.panel);
     } else if (transposed) {
       copy_rows(x + m, args.x.column, slab.length, rows, memory.x, kRowsCopied);
       multiply_panel<Order::columns>(part, memory.panel, 0, 0, rows, 0);

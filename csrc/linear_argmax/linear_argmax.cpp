@@ -33,6 +33,40 @@ int64_t first_of_the_largest(const float* y, int64_t count) {
   return best;
 }
 
+// All results, of some columns at a time, which stay in the cache until their largest is found.
+int64_t argmax_of_all(const LinearArgmax& args, int64_t together) {
+  const Screen& screen = *args.screen;
+  const int64_t M = args.M, K = screen.weight.K, groups = (screen.weight.N + together - 1) / together;
+  using Room = Scratch<LinearArgmax>;
+  Room room(Room::room(M * groups * 4) + Room::room(M * groups * 8));
+  float* const values = room.take<float>(M * groups);
+  int64_t* const places = room.take<int64_t>(M * groups);
+  parallel_for(groups, M * screen.weight.N * K / 4, [&](int64_t group) {
+    const PackedWeight some = columns_of(screen.weight, group * together, together);
+    using Room = Scratch<Results>;
+    const int64_t scratch = linear_scratch(some, M);
+    Room room(Room::room(M * together * 4) + Room::room(scratch));
+    Linear all;
+    all.weight = &some;
+    all.M = M, all.x = args.x, all.x_stride = args.x_stride;
+    all.bias = screen.bias == nullptr ? nullptr : screen.bias + group * together;
+    float* const results = room.take<float>(M * together);
+    all.y = results, all.y_stride = together;
+    all.scratch = room.take<char>(scratch);
+    linear(all);
+    const Results found{M, some.N, together, results, values + group * M, places + group * M};
+    FT_DISPATCH_ISA(find_largest, found)
+  });
+  for (int64_t m = 0; m < M; ++m) {
+    int64_t best = 0;
+    const auto value = [&](int64_t group) { return values[group * M + m]; };
+    for (int64_t group = 1; group < groups && value(best) == value(best); ++group)
+      if (!(value(group) <= value(best))) best = group;
+    args.values[m] = value(best), args.places[m] = best * together + places[best * M + m];
+  }
+  return M * screen.blocks();
+}
+
 }  // namespace
 
 Screen make_screen(const PackedWeight& weight, const PackedWeight& rounded, const float* bias) {
@@ -72,6 +106,7 @@ int64_t linear_argmax(const LinearArgmax& args) {
   const int64_t fair = screen.weight.panels() / (4 * omp_get_max_threads());
   const int64_t together = std::clamp(fair, int64_t(1), kPanelsTogether) * kPanel,
                 groups = (screen.weight.N + together - 1) / together;
+  if (args.levels == 0 && M > screen.most_screened()) return argmax_of_all(args, together);
   using Room = Scratch<LinearArgmax>;
   Room room(Room::room(levels * M * K * 4) + Room::room(2 * M * 4) + Room::room(M * blocks * 4) +
             Room::room(M * groups * 4));

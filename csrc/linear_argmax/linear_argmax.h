@@ -18,7 +18,8 @@
 //
 // At N = 32,000, K = 512: 16.4 MB of Q, 0.3 MB of bounds and 33 KB a block (131 with AVX-512), where W is 65.5 MB. One
 // thread of a Zen 3, beside all results and their maxima: 1 row 2.2 and 6.6 ms, 4 rows 3.1 and 7.9, 8 rows 5.1 and 9.2,
-// 64 rows 32 and 38. (Two levels: 4.5 ms for 4 rows, 9.1 for 8.)
+// 32 rows 18 and 21. (Two levels: 4.5 ms for 4 rows, 9.1 for 8.) With more rows multiplying takes longer than reading,
+// and bytes are no faster than float32 there: all results are computed then, and never written to memory.
 
 #include <cstdint>
 #include <memory>
@@ -38,9 +39,13 @@ struct Screen {
   int64_t blocks() const { return (weight.N + weight.columns - 1) / weight.columns; }
   float* error() const { return static_cast<float*>(bounds.get()); }
   float* size() const { return error() + columns(); }
-  // For how many rows this is quicker than all results and a search through them. Measured at N = 32,000, K = 512 on a
-  // Zen 3 (AVX2), where many rows gain little, and with AVX-512 up to 6, which were slower.
-  int64_t most_rows() const { return weight.columns < kPanel ? 128 : 4; }
+  // Whether the float32 columns that lie together are narrow, as with AVX2, where screening and all else was measured.
+  bool narrow() const { return weight.columns < kPanel; }
+  // For how many rows screening is quicker than all results, at N = 32,000, K = 512 on a Zen 3.
+  int64_t most_screened() const { return narrow() ? 32 : INT64_MAX; }
+  // For how many rows linear_argmax is quicker than linear and a search through what it wrote: always; with AVX-512
+  // measured up to 6, which were slower.
+  int64_t most_rows() const { return narrow() ? INT64_MAX : 4; }
   int64_t bytes() const { return rounded.bytes() + 2 * columns() * int64_t(sizeof(float)); }
 };
 

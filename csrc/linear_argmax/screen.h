@@ -1,5 +1,5 @@
 #pragma once
-// The two passes of linear_argmax around the products with the rounded weights, compiled for each instruction set.
+// The passes of linear_argmax around its products, compiled for each instruction set.
 
 #include "../common/isa.h"
 #include "linear_argmax.h"
@@ -26,7 +26,16 @@ struct Bounding {
   float* lowest;  // (M,): some result is not below it
 };
 
+// Without bounds: all results of some neighbouring columns, and where the largest of each row is.
+struct Results {
+  int64_t M, count, stride;
+  const float* results;  // (M, stride), `count` of each row
+  float* values;         // (M,); the first NaN if there is one
+  int64_t* places;       // (M,): of the first such result
+};
+
 FT_DECLARE_ISA(split_rows, Screening)    // x -> rows, reach
 FT_DECLARE_ISA(bound_columns, Bounding)  // results, reach -> the columns' part of upper, lowest
+FT_DECLARE_ISA(find_largest, Results)
 
 }  // namespace fused::cpu

@@ -1,4 +1,4 @@
-// What bounds a row's results. See linear_argmax.h.
+// What bounds a row's results, and which of them is the largest. See linear_argmax.h.
 
 #include "screen.h"
 
@@ -81,6 +81,32 @@ void bound_row(const Bounding& b, int64_t m) {
 }
 
 }  // namespace
+
+void find_largest(const Results& r) {
+  for (int64_t m = 0; m < r.M; ++m) {
+    const float* const y = r.results + m * r.stride;
+    // Of each lane the largest so far and the first place of it.
+    Vec top = splat(-kInf);
+    IVec place = lanes_index(), nan{};
+    for (int64_t n = 0; n < r.count; n += kWidth) {
+      const int there = lanes(n, r.count);
+      const Vec v = there == kWidth ? load(y + n) : load(y + n, there);
+      const IVec index = lanes_index() + splat_int(int32_t(n));
+      const IVec greater = (v > top) & (index < splat_int(int32_t(r.count)));
+      top = greater ? v : top;
+      place = greater ? index : place;
+      nan |= v != v;
+    }
+    int best = 0, any = nan[0];
+    for (int lane = 1; lane < kWidth; ++lane) {
+      any |= nan[lane];
+      if (top[lane] > top[best] || (top[lane] == top[best] && place[lane] < place[best])) best = lane;
+    }
+    r.values[m] = top[best], r.places[m] = place[best];
+    for (int64_t n = 0; any != 0; ++n)
+      if (y[n] != y[n]) r.values[m] = y[n], r.places[m] = n, any = 0;
+  }
+}
 
 void split_rows(const Screening& s) {
   for (int64_t m = 0; m < s.M; ++m) split_row(s, m);

@@ -26,7 +26,8 @@ def linear_argmax(x: Tensor, layer: ScreenedLinear) -> tuple[Tensor, Tensor]:
 
     Only columns that can be the largest by these bounds are computed from W, with the 16 or 64 that are packed together
     with each of them: with random numbers about 15 of 32,000 (4 with 16 bits), fewer with a trained model's. Where the
-    bounds leave many, all of W is read and more: the result is the same.
+    bounds leave many, all of W is read and more: the result is the same. More than 32 rows, which are bound by
+    multiplying, take all results without AVX-512, some columns at a time, so that none is written to memory.
 
     Args:
         x: (..., K) float32, any strides (a last axis that is not contiguous is copied).

@@ -119,11 +119,13 @@ def test_packed_weights_are_the_rounded_ones(weights):
 
 
 @every_form
-def test_a_row_does_not_depend_on_the_others(weights):
-    x, layer = torch.randn(200, 96), PackedLinear(torch.randn(100, 96), torch.randn(100), weights=weights)
+@pytest.mark.parametrize("k", [96, 715])
+def test_a_row_does_not_depend_on_the_others(weights, k):
+    """Nor on how many there are: few rows, many and those of a second group go different ways."""
+    x, layer = torch.randn(200, k), PackedLinear(torch.randn(100, k), torch.randn(100), weights=weights)
     for multiplier in multipliers(weights):
         whole = cpu_backend().forward(x, layer, "none", None, multiplier)
-        for rows in (1, 2, 5, 16, 31):
+        for rows in (1, 2, 5, 16, 23, 24, 31, 40, 97):
             assert_equal(cpu_backend().forward(x[:rows], layer, "none", None, multiplier), whole[:rows])
 
 
@@ -171,16 +173,17 @@ def test_any_strides(weights, layout):
 
 
 @every_form
+@pytest.mark.parametrize("rows", [20, 45])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_what_is_not_finite_shows_in_its_row_alone(weights, value):
-    x, layer = torch.randn(20, 64), PackedLinear(torch.randn(64, 64), weights=weights)
+def test_what_is_not_finite_shows_in_its_row_alone(weights, value, rows):
+    x, layer = torch.randn(rows, 64), PackedLinear(torch.randn(64, 64), weights=weights)
     clean = linear(x, layer)
     x[3, 5] = value
     for multiplier in multipliers(weights):
         if multiplier == "best":
             got = linear(x, layer, activation="none")
             assert not got[3].isfinite().any()
-            others = torch.arange(20) != 3
+            others = torch.arange(rows) != 3
             assert_equal(got[others], clean[others])
         assert not cpu_backend().forward(x, layer, "relu", None, multiplier)[3].isfinite().all()
 

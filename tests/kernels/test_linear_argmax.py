@@ -109,6 +109,15 @@ def test_bounds_hold_on_odd_numbers(weights, inputs):
     assert_found(INPUTS[inputs](), ScreenedLinear(PackedLinear(WEIGHTS[weights]())))
 
 
+@pytest.mark.parametrize("inputs", ["normal", "zeros", "nan", "infinity"])
+@pytest.mark.parametrize("weights", ["heavy_tailed", "equal_rows", "pairs_of_rows", "zeros"])
+def test_many_rows_need_no_bounds(weights, inputs):
+    """Of which all results are computed, some columns at a time: ties between and within these, and NaN."""
+    x = torch.cat([torch.randn(37, 64), INPUTS[inputs]()])
+    for bias in (None, torch.randn(700), torch.zeros(700).index_fill(0, torch.tensor([77, 650]), float("inf"))):
+        assert_found(x, ScreenedLinear(PackedLinear(WEIGHTS[weights](), bias)))
+
+
 @pytest.mark.parametrize("seed", range(20))
 def test_bounds_hold_at_random(seed):
     torch.manual_seed(seed)
