@@ -55,6 +55,9 @@ struct Chunk {
   const float* ahead;        // the next weights to ask for
   int64_t lines_in_64_rows;  // how many cache lines of them, for 64 rows of weights used up
   float *running, *total;    // of a block: the sum since the last multiple of kSum, and that up to it
+
+  // Reading the weights bounds few rows, and whatever else is asked for is in its way.
+  FT_INLINE bool passed_once() const { return running == total; }
 };
 
 // Rows m ... m + R beside the columns n ... n + kBlock, whose weights of this chunk are [K][kBlock]. kApart: of how
@@ -109,7 +112,7 @@ FT_INLINE void block(const Linear& args, const float* weights, int64_t m, int64_
       step(row, factor);
     }
   } else {
-    if (chunk.end == args.weight->K)
+    if (chunk.end == args.weight->K && !chunk.passed_once())
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r) __builtin_prefetch(args.y + (m + r) * args.y_stride + n, 1);
     const int lines = int((chunk.lines_in_64_rows * kTurn + 63) / 64);
