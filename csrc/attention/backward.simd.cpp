@@ -141,14 +141,17 @@ void begin(const AttentionBackward& args, const Sequence& s, State& state, float
   rows_to_panel(state.q_rows, ld, D, t.vecs, state.q, lanes);
   rows_to_panel(state.dout_rows, ld, D, t.vecs, state.dout, lanes);
   rows_to_panel(rows, ld, D, t.vecs, state.dq, lanes);
-  for (int v = 0; v < t.vecs; ++v) {
-    // One chain over d, as in the product that gives dP: where a row sees a single key, the two are equal to the last
-    // bit and its dS is exactly 0.
-    Vec delta{};
+  // One chain over d, as in the product that gives dP: where a row sees a single key, the two are equal to the last bit
+  // and its dS is exactly 0.
+  with_vecs(t.vecs, [&](auto n) {
+    constexpr int NV = decltype(n)::value;
+    Vec delta[NV]{};
     for (int d = 0; d < D; ++d)
-      delta += load(state.dq + d * lanes + v * kWidth) * load(state.dout + d * lanes + v * kWidth);
-    store(state.delta + v * kWidth, delta);
-  }
+#pragma GCC unroll 4
+      for (int v = 0; v < NV; ++v)
+        delta[v] += load(state.dq + d * lanes + v * kWidth) * load(state.dout + d * lanes + v * kWidth);
+    for (int v = 0; v < NV; ++v) store(state.delta + v * kWidth, delta[v]);
+  });
   state.started = false;
 }
 
@@ -201,11 +204,11 @@ void chunk(const AttentionBackward& args, const Sequence& s, int64_t index, int6
     float** const panels[5] = {&state.q, &state.dout, &state.dq, &state.q_rows, &state.dout_rows};
     for (float** panel : panels) {
       *panel = next;
-      next += panel_floats(args.D);
+      next += row_floats(args.D) * kLanes;
     }
     state.lse = next;
-    state.delta = next + kMaxLanes;
-    next += 2 * kMaxLanes;
+    state.delta = next + kLanes;
+    next += 2 * kLanes;
     begin(args, s, state, scratch.block.k);
   }
   for (int64_t j0 = low; j0 < high; j0 += kKeys) {

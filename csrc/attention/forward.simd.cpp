@@ -1,7 +1,7 @@
 // Attention forward on the CPU: online softmax over blocks of 64 keys, no (L, S) matrix.
 //
-// A task is one chunk (up to 4 tiles of queries) of one head. For each block of keys it can see, the block is read once
-// (converted to float32 into 2 x 16 KB), and for each tile: scores = K Q^T, mask, running maximum and sum, then
+// A task is one chunk (up to 192 queries, in tiles) of one head. For each block of keys it can see, the block is read
+// once (converted to float32 into 2 x 16 KB), and for each tile: scores = K Q^T, mask, running maximum and sum, then
 // out += weights V. Per score that is 2 D multiply-adds and one exp; at D = 64 the multiply-adds are three quarters
 // of the time, so the kernel is bound by the FMA units. Memory moved: q, k, v and out once per chunk.
 //
@@ -12,6 +12,7 @@
 #include <omp.h>
 
 #include "../common/parallel.h"
+#include "ahead.h"
 #include "product.h"
 #include "scores.h"
 
@@ -30,13 +31,14 @@ struct State {
 // Folds one block of keys into the tile's running softmax.
 template <int NV>
 void step(const AttentionForward& args, const Sequence& s, State& state, const KeyBlock& block, float* scores,
-          MaskTile& masks) {
+          MaskTile& masks, Ahead& ahead) {
   constexpr int lanes = NV * kWidth;
   const Tile& t = state.tile;
   const int D = int(args.D), available = int(smaller(block.count, t.high - block.j0));
   const int count = load_keep(args, s, t, block.j0, available, masks);
   if (count == 0) return;
-  product<NV, true>(count, D, block.k, block.ld, state.q, lanes, scores, lanes, false);
+  const auto between = [&] { ahead.ask(); };
+  product<NV, true>(count, D, block.k, block.ld, state.q, lanes, scores, lanes, false, between);
   mask_scores<NV>(args, s, t, block.j0, count, masks, scores);
 
   // All vectors of a key side by side: each is a chain of dependent maxima and additions, and three hide the latency.
@@ -52,12 +54,12 @@ void step(const AttentionForward& args, const Sequence& s, State& state, const K
   for (int j = 0; j < count; ++j) {
     for (int v = 0; v < NV; ++v) {
       float* score = scores + j * lanes + v * kWidth;
-      const Vec weight = exp(load(score) - shift[v]);
+      const Vec weight = exp<true>(load(score) - shift[v]);
       store(score, weight);
       sum[v] += weight;
     }
   }
-  float decay[kMaxLanes];
+  float decay[kLanes];
   for (int v = 0; v < NV; ++v) {
     const Vec factor = exp(before[v] - shift[v]);
     store(decay + v * kWidth, factor);
@@ -78,8 +80,8 @@ void step(const AttentionForward& args, const Sequence& s, State& state, const K
     });
   }
   const int vectors = int(block.ld / kWidth);
-  product_wide<false>(t.rows, count, scores, lanes, block.v_safe, block.ld, state.out, block.ld, vectors,
-                      state.started);
+  product_wide<false>(t.rows, count, scores, lanes, block.v_safe, block.ld, state.out, block.ld, vectors, state.started,
+                      between);
   state.started = true;
   if (block.v_safe != block.v) {  // NaN and Inf of values that are attended to: the product above took them as 0
     for (int j = 0; j < count; ++j) {
@@ -101,7 +103,7 @@ void begin(const AttentionForward& args, const Sequence& s, State& state, float*
   const int64_t ld = row_floats(D);
   with_storage(args.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
-    load_rows(row_of<T>(args, args.q, s, s.h, s.q0, t.first), args.q.row, t.rows, D, args.scale, rows, ld,
+    load_rows(row_of<T>(args, args.q, s, s.h, s.q0, t.first), args.q.row, t.rows, D, args.scale, nullptr, rows, ld,
               row_of<T>(args, args.k, s, s.hk, s.k0, t.low), args.k.row);
   });
   std::memset(rows + t.rows * ld, 0, sizeof(float) * (lanes - t.rows) * ld);
@@ -135,51 +137,112 @@ void finish(const AttentionForward& args, const Sequence& s, const State& state)
   }
 }
 
-void chunk(const AttentionForward& args, int64_t b, int64_t h, int64_t index, float* scratch) {
-  const Sequence s = sequence(args, b, h);
-  const Tiling tiling(s.L);
-  const int64_t D = args.D, first = index * kTiles, tiles = smaller(kTiles, tiling.tiles - first);
-  if (tiles <= 0) return;
+// Groups of rows that the products of a tile are, about.
+int64_t groups_of(int vecs, int64_t keys, int64_t rows, int64_t D) {
+  constexpr int64_t kColumns = (kRegisters == 32 ? 4 : 2) * kWidth,
+                    kRows = rows_in_registers<kRegisters == 32 ? 4 : 2>();
+  if (keys <= 0) return 0;
+  int64_t scores = keys;
+  with_vecs(vecs, [&](auto n) { scores = keys / rows_in_registers<decltype(n)::value>() + 1; });
+  const int64_t out = (D + kColumns - 1) / kColumns * ((rows + kRows - 1) / kRows);
+  return scores + out * ((keys + kKeys - 1) / kKeys);
+}
+
+// The longest sequence's tiles in chunks: as large as they may be, if all threads have some then.
+struct Chunks {
+  int64_t tiles, count;
+
+  explicit Chunks(const AttentionForward& args) : tiles(kTiles) {
+    const int64_t all = Tiling(args.L).tiles;
+    const auto update = [&] { count = (all + tiles - 1) / tiles; };
+    for (update(); tiles > 1 && args.B * args.H * count < 4 * omp_get_max_threads(); update()) tiles /= 2;
+  }
+};
+
+// One of them, of one head.
+struct Task {
+  Sequence s;
+  Tiling tiling;
+  int64_t first, tiles;  // none: there are fewer queries
+
+  // Last chunks first: under a causal mask they are the longest.
+  Task(const AttentionForward& args, const Chunks& chunks, int64_t number)
+      : s(sequence(args, number % (args.B * args.H) / args.H, number % args.H)), tiling(s.L) {
+    first = (chunks.count - 1 - number / (args.B * args.H)) * chunks.tiles;
+    tiles = larger(0, smaller(chunks.tiles, tiling.tiles - first));
+  }
+};
+
+// All of the task's queries and outputs, and its first block of keys and values. asks: how often there is time for it.
+Ahead ahead_of(const AttentionForward& args, const Task& task, int64_t asks) {
+  Ahead ahead;
+  if (task.tiles == 0) return ahead;
+  const Sequence& s = task.s;
+  const Tile last = make_tile(args, s, task.tiling, task.first + task.tiles - 1);
+  const int64_t low = make_tile(args, s, task.tiling, task.first).low / kKeys * kKeys;
+  const int64_t start = task.tiling.first_vector(task.first) * kWidth, rows = last.first + last.rows - start;
+  const int64_t keys = smaller(kKeys, s.S - low);
+  ahead.add(args, args.q, s, s.h, s.q0, start, rows);
+  ahead.add(args, args.k, s, s.hk, s.k0, low, keys);
+  ahead.add(args, args.v, s, s.hk, s.k0, low, keys);
+  ahead.add(args, args.out, s, s.h, s.q0, start, rows);
+  ahead.spread(asks);
+  return ahead;
+}
+
+// after: the task that comes next, or nullptr.
+void run(const AttentionForward& args, const Task& task, const Task* after, float* scratch) {
+  if (task.tiles == 0) return;
+  const Sequence& s = task.s;
+  const int64_t D = args.D;
   KeyBlock block = make_block(scratch, D);
   float *spare_k = block.k_safe, *spare_v = block.v_safe;
   float* scores = scratch + block_floats(D);
   MaskTile& masks = *reinterpret_cast<MaskTile*>(scores + kTileFloats);
   float* next = scores + kTileFloats + kMaskTileFloats;
 
+  const int64_t panel = row_floats(D) * kLanes;
   State states[kTiles];
-  int64_t low = s.S, high = 0;
-  for (int i = 0; i < tiles; ++i) {
+  int64_t low = s.S, high = 0, groups = 0;
+  for (int i = 0; i < task.tiles; ++i) {
     State& state = states[i];
-    state.tile = make_tile(args, s, tiling, first + i);
+    state.tile = make_tile(args, s, task.tiling, task.first + i);
     state.q = next;
-    state.out = state.q + panel_floats(D);
-    state.maximum = state.out + panel_floats(D);
-    state.sum = state.maximum + kMaxLanes;
-    next = state.sum + kMaxLanes;
+    state.out = state.q + panel;
+    state.maximum = state.out + panel;
+    state.sum = state.maximum + kLanes;
+    next = state.sum + kLanes;
     begin(args, s, state, state.out);  // `out` lends its memory to the rows until they are transposed
     low = smaller(low, state.tile.low);
     high = larger(high, state.tile.high);
+    groups += groups_of(state.tile.vecs, state.tile.high - state.tile.low, state.tile.rows, D);
   }
+  Ahead ahead;
+  if (after != nullptr) ahead = ahead_of(args, *after, groups);
   for (int64_t j0 = low / kKeys * kKeys; j0 < high; j0 += kKeys) {
     load_block(args, s, j0, int(smaller(kKeys, high - j0)), j0 + kKeys < high, spare_k, spare_v, true, block);
-    for (int i = 0; i < tiles; ++i) {
+    for (int i = 0; i < task.tiles; ++i) {
       const Tile& t = states[i].tile;
       if (j0 >= t.high || j0 + block.count <= t.low) continue;
-      with_vecs(t.vecs, [&](auto n) { step<decltype(n)::value>(args, s, states[i], block, scores, masks); });
+      with_vecs(t.vecs, [&](auto n) { step<decltype(n)::value>(args, s, states[i], block, scores, masks, ahead); });
     }
   }
-  for (int i = 0; i < tiles; ++i) finish(args, s, states[i]);
+  for (int i = 0; i < task.tiles; ++i) finish(args, s, states[i]);
 }
 
 }  // namespace
 
 void attention_forward(const AttentionForward& args) {
-  const int64_t chunks = (Tiling(args.L).tiles + kTiles - 1) / kTiles, heads = args.B * args.H;
-  const int64_t size = forward_scratch(args.D);
-  parallel_tasks(chunks * heads, heads * args.L * args.S * args.D, [&](int64_t task) {
-    // last chunks first: under a causal mask they are the longest
-    const int64_t index = chunks - 1 - task / heads, b = task % heads / args.H, h = task % args.H;
-    chunk(args, b, h, index, args.scratch + omp_get_thread_num() * size);
+  const Chunks chunks(args);
+  const int64_t heads = args.B * args.H, size = forward_scratch(args.D);
+  parallel_runs(chunks.count * heads, heads * args.L * args.S * args.D, [&](int64_t begin, int64_t end) {
+    float* const scratch = args.scratch + omp_get_thread_num() * size;
+    Task task(args, chunks, begin);
+    for (int64_t number = begin; number < end; ++number) {
+      const Task after(args, chunks, number + 1 < end ? number + 1 : number);
+      run(args, task, number + 1 < end ? &after : nullptr, scratch);
+      task = after;
+    }
   });
 }
 

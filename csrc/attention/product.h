@@ -3,8 +3,10 @@
 //
 // B and C are row-major with NV vectors a row; A is read one element at a time and broadcast, so it may be stored
 // either way round and needs no packing. MR rows of C stay in registers while k runs: each step is NV loads, MR
-// broadcasts and MR * NV fused multiply-adds. Every element is summed over k in order, whatever group of rows it falls
-// into, and then added to C: so long sums are sums of short ones, and results don't depend on how rows are grouped.
+// broadcasts and MR * NV fused multiply-adds. With 16 registers four steps stand side by side: 20 instructions for 12
+// multiply-adds and not 24, which is 3 to 12 % of the time on a Zen 3 whose core has another one at work. Every element
+// is summed over k in order, whatever group of rows it falls into, and then added to C: so long sums are sums of short
+// ones, and results don't depend on how rows are grouped.
 
 #include "../common/simd.h"
 
@@ -33,16 +35,32 @@ FT_INLINE void product_rows(int K, const float* A, int64_t lda, const float* B, 
   for (int m = 0; m < MR; ++m)
 #pragma GCC unroll 4
     for (int n = 0; n < NV; ++n) c[m][n] = Vec{};
-  for (int k = 0; k < K; ++k) {
+  const int64_t along = kRowMajor ? 1 : lda;
+  const auto step = [&]() __attribute__((always_inline)) {
     Vec b[NV];
 #pragma GCC unroll 4
-    for (int n = 0; n < NV; ++n) b[n] = load(B + k * ldb + n * kWidth);
+    for (int n = 0; n < NV; ++n) b[n] = load(B + n * kWidth);
 #pragma GCC unroll 16
     for (int m = 0; m < MR; ++m) {
-      const Vec a = splat(kRowMajor ? A[m * lda + k] : A[k * lda + m]);
+      const Vec a = splat(A[kRowMajor ? m * lda : m]);
 #pragma GCC unroll 4
-      for (int n = 0; n < NV; ++n) c[m][n] += a * b[n];
+      for (int n = 0; n < NV; ++n) c[m][n] = add_product(c[m][n], a, b[n]);
     }
+    A += along, B += ldb;
+  };
+  if constexpr (kRegisters == 16) {
+    const float* const end = B + K / 4 * 4 * ldb;
+#pragma GCC unroll 1
+    while (B != end) {
+      step(), loads_wait();
+      step(), loads_wait();
+      step(), loads_wait();
+      step(), loads_wait();
+    }
+    if (K & 2) step(), loads_wait(), step();
+    if (K & 1) step();
+  } else {
+    for (int k = 0; k < K; ++k) step();
   }
 #pragma GCC unroll 16
   for (int m = 0; m < MR; ++m)
@@ -64,29 +82,45 @@ FT_INLINE void product_any(int rows, int K, const float* A, int64_t lda, const f
   }
 }
 
-// C[M][NV vectors] (+)= A[M][K] B[K][NV vectors]
-template <int NV, bool kRowMajor>
+// C[M][NV vectors] (+)= A[M][K] B[K][NV vectors]; `between` is called before each group of rows.
+template <int NV, bool kRowMajor, class F>
 __attribute__((noinline)) void product(int M, int K, const float* A, int64_t lda, const float* B, int64_t ldb, float* C,
-                                       int64_t ldc, bool accumulate) {
+                                       int64_t ldc, bool accumulate, const F& between) {
   constexpr int MR = rows_in_registers<NV>();
   const int64_t a_step = kRowMajor ? lda : 1;
   // Groups of nearly equal size: a last group of one or two rows would wait for its own additions.
   const int groups = (M + MR - 1) / MR;
   for (int g = 0; g < groups; ++g) {
     const int m = M * g / groups, rows = M * (g + 1) / groups - m;
+    between();
     product_any<MR, NV, kRowMajor>(rows, K, A + m * a_step, lda, B, ldb, C + m * ldc, ldc, accumulate);
   }
 }
 
 // The same for rows of any whole number of vectors.
-template <bool kRowMajor>
+template <bool kRowMajor, class F>
 void product_wide(int M, int K, const float* A, int64_t lda, const float* B, int64_t ldb, float* C, int64_t ldc,
-                  int vectors, bool accumulate) {
+                  int vectors, bool accumulate, const F& between) {
   constexpr int NV = kRegisters == 32 ? 4 : 2;
   int n = 0;
   for (; n + NV <= vectors; n += NV)
-    product<NV, kRowMajor>(M, K, A, lda, B + n * kWidth, ldb, C + n * kWidth, ldc, accumulate);
-  for (; n < vectors; ++n) product<1, kRowMajor>(M, K, A, lda, B + n * kWidth, ldb, C + n * kWidth, ldc, accumulate);
+    product<NV, kRowMajor>(M, K, A, lda, B + n * kWidth, ldb, C + n * kWidth, ldc, accumulate, between);
+  for (; n < vectors; ++n)
+    product<1, kRowMajor>(M, K, A, lda, B + n * kWidth, ldb, C + n * kWidth, ldc, accumulate, between);
+}
+
+struct Nothing {
+  FT_INLINE void operator()() const {}
+};
+template <int NV, bool kRowMajor>
+FT_INLINE void product(int M, int K, const float* A, int64_t lda, const float* B, int64_t ldb, float* C, int64_t ldc,
+                       bool accumulate) {
+  product<NV, kRowMajor>(M, K, A, lda, B, ldb, C, ldc, accumulate, Nothing());
+}
+template <bool kRowMajor>
+FT_INLINE void product_wide(int M, int K, const float* A, int64_t lda, const float* B, int64_t ldb, float* C,
+                            int64_t ldc, int vectors, bool accumulate) {
+  product_wide<kRowMajor>(M, K, A, lda, B, ldb, C, ldc, vectors, accumulate, Nothing());
 }
 
 }  // namespace fused::cpu::FT_ISA

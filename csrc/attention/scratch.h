@@ -8,7 +8,7 @@ namespace fused::cpu {
 constexpr int kKeys = 64;      // keys in a block
 constexpr int kMaxVecs = 3;    // vectors of queries in a tile
 constexpr int kMaxLanes = 48;  // queries in the widest tile of any instruction set
-constexpr int kTiles = 4;      // tiles in a chunk
+constexpr int kQueries = 192;  // in a chunk, at most: of 4 such tiles, or more that are narrower
 
 constexpr int64_t kTileFloats = kKeys * kMaxLanes;  // one tile of scores
 
@@ -27,10 +27,10 @@ constexpr int64_t backward_state_floats(int64_t D) { return 5 * panel_floats(D) 
 
 // Floats that each thread needs.
 constexpr int64_t forward_scratch(int64_t D) {
-  return kTiles * forward_state_floats(D) + block_floats(D) + kTileFloats + kMaskTileFloats;
+  return kQueries / kMaxLanes * forward_state_floats(D) + block_floats(D) + kTileFloats + kMaskTileFloats;
 }
 constexpr int64_t backward_scratch(int64_t D) {
-  return kTiles * backward_state_floats(D) + block_floats(D) + 3 * kTileFloats + kMaskTileFloats;
+  return kQueries / kMaxLanes * backward_state_floats(D) + block_floats(D) + 3 * kTileFloats + kMaskTileFloats;
 }
 constexpr int64_t weights_scratch(int64_t D) {
   return block_floats(D) + kTileFloats + kMaskTileFloats + 2 * panel_floats(D) + kMaxLanes;

@@ -208,6 +208,20 @@ FT_INLINE void store(float* p, Vec v, int count) { _mm512_mask_storeu_ps(p, __mm
 
 // ---------------------------------------------------------------- arithmetic
 
+// sum + a * b, where a loop has as many sums as registers. GCC picks one of three registers for the result, and where
+// it mixes steps of such a loop it moves sums about and keeps some in memory; in these words the result takes the sum's
+// register.
+FT_INLINE Vec add_product(Vec sum, Vec a, Vec b) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  asm("vfmadd231ps %2, %1, %0" : "+x"(sum) : "x"(a), "x"(b));
+  return sum;
+#else
+  return sum + a * b;
+#endif
+}
+// What comes behind it is not loaded before it.
+FT_INLINE void loads_wait() { asm volatile("" ::: "memory"); }
+
 FT_INLINE Vec vmax(Vec a, Vec b) { return a > b ? a : b; }  // NaN in a: gives b
 FT_INLINE Vec vmin(Vec a, Vec b) { return a < b ? a : b; }
 
@@ -251,7 +265,8 @@ FT_INLINE Vec round_nearest(Vec x) {  // for |x| < 2^22
 
 // e^x, relative error below 2 ulp (2^n times a degree-6 polynomial on |r| <= ln(2)/2, Cephes coefficients).
 // Exactly 1 at 0; exactly 0 below -87.33, where float32's smallest numbers begin, and for -inf; +inf above 88.7228; NaN
-// stays NaN.
+// stays NaN. kBounded: x is below 88, as what has had its maximum taken off is.
+template <bool kBounded = false>
 FT_INLINE Vec exp(Vec x) {
   const Vec low = splat(-87.33f), high = splat(88.7228f);
 #if defined(__AVX512F__)
@@ -276,6 +291,7 @@ FT_INLINE Vec exp(Vec x) {
   Vec out = (Vec)((UVec)p + ((UVec) __builtin_convertvector(n, IVec) << 23));
 #endif
   out = x < low ? Vec{} : out;
+  if constexpr (kBounded) return out;
   return x > high ? splat(kInf) : out;
 }
 

@@ -36,17 +36,6 @@ constexpr int kTurn = kWide ? 1 : 16;
 constexpr int kUnrolled = kWide ? 1 : 4;
 constexpr int64_t kRowsInChunks = 96;
 
-// sum += a * b. GCC picks one of three registers for the result, and moves sums about when it unrolls a loop that fills
-// them all; in these words it is the sum's own.
-FT_INLINE Vec add_product(Vec sum, Vec a, Vec b) {
-#if defined(__AVX2__) && !defined(__AVX512F__)
-  asm("vfmadd231ps %2, %1, %0" : "+x"(sum) : "x"(a), "x"(b));
-  return sum;
-#else
-  return sum + a * b;
-#endif
-}
-
 // How x lies: (M, K), or (K, M), with x_stride between rows; or [K][R] for each block of R rows (gather.h).
 enum class Order { rows, columns, gathered };
 
@@ -126,7 +115,7 @@ FT_INLINE void block(const Linear& args, const float* weights, int64_t m, int64_
 #pragma GCC unroll 8
         for (int i = 0; i < kUnrolled; ++i, row += kBlock, factor += along) {
           step(row, factor);
-          asm volatile("" ::: "memory");  // what is loaded for the next step waits for its turn
+          loads_wait();
         }
       } while (row != turn);
     }
