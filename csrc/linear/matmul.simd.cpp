@@ -174,7 +174,7 @@ void multiply_all(const Matmul& args) {
       const T* x = static_cast<const T*>(args.x.data) + k * args.x.column;
       gather_rows(x, args.x.row, args.x.column, args.M, slab.length, args.gathered);
     }
-    parallel_for(panels * groups, args.M * args.N * slab.length / 4, [&](int64_t task) {
+    parallel_tasks(panels * groups, args.M * args.N * slab.length / 4, [&](int64_t task) {
       const int64_t first = task % groups * rows;
       if (first < args.M) multiply<T>(args, slab, task / groups * kPanel, first, smaller(rows, args.M - first));
     });

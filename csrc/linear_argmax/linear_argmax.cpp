@@ -41,7 +41,7 @@ int64_t argmax_of_all(const LinearArgmax& args, int64_t together) {
   Room room(Room::room(M * groups * 4) + Room::room(M * groups * 8));
   float* const values = room.take<float>(M * groups);
   int64_t* const places = room.take<int64_t>(M * groups);
-  parallel_for(groups, M * screen.weight.N * K / 4, [&](int64_t group) {
+  parallel_tasks(groups, M * screen.weight.N * K / 4, [&](int64_t group) {
     const PackedWeight some = columns_of(screen.weight, group * together, together);
     using Room = Scratch<Results>;
     const int64_t scratch = linear_scratch(some, M);
@@ -118,7 +118,7 @@ int64_t linear_argmax(const LinearArgmax& args) {
   float* const lowest = room.take<float>(M * groups);
 
   [&] { FT_DISPATCH_ISA(split_rows, s) }();
-  parallel_for(groups, levels * M * screen.weight.N * K / 4, [&](int64_t group) {
+  parallel_tasks(groups, levels * M * screen.weight.N * K / 4, [&](int64_t group) {
     const PackedWeight some = columns_of(screen.rounded, group * together, together);
     using Room = Scratch<Screening>;
     const int64_t scratch = linear_scratch(some, levels * M);
