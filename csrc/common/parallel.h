@@ -22,15 +22,14 @@ template <class F>
   for (int64_t i = begin; i < end; ++i) f(i);
 }
 
-// f(i) for i in [0, count), split in equal contiguous parts; serial if `work` in all is small.
+// f(i) for i in [0, count), in equal contiguous parts that threads take as they come to them: halves beforehand end with
+// the slower of two threads, and on a machine with others at work one often is. Serial if `work` in all is small.
 template <class F>
 void parallel_for(int64_t count, int64_t work, const F& f) {
   if (!shared(count, work)) return run_tasks(f, 0, count);
-#pragma omp parallel
-  {
-    const int64_t threads = omp_get_num_threads(), me = omp_get_thread_num();
-    run_tasks(f, count * me / threads, count * (me + 1) / threads);
-  }
+  const int64_t most = 8 * omp_get_max_threads(), parts = count < most ? count : most;
+#pragma omp parallel for schedule(dynamic, 1)
+  for (int64_t i = 0; i < parts; ++i) run_tasks(f, count * i / parts, count * (i + 1) / parts);
 }
 
 // The same for tasks of unequal cost, handed out one by one in order.
