@@ -22,8 +22,8 @@ template <class F>
   for (int64_t i = begin; i < end; ++i) f(i);
 }
 
-// f(i) for i in [0, count), in equal contiguous parts that threads take as they come to them: halves beforehand end with
-// the slower of two threads, and on a machine with others at work one often is. Serial if `work` in all is small.
+// f(i) for i in [0, count), in equal contiguous parts that threads take as they come to them: halves beforehand end
+// with the slower of two threads, and on a machine with others at work one often is. Serial if `work` in all is small.
 template <class F>
 void parallel_for(int64_t count, int64_t work, const F& f) {
   if (!shared(count, work)) return run_tasks(f, 0, count);
