@@ -56,15 +56,17 @@ FT_INLINE void block(const Linear& args, const float* weights, int64_t m, int64_
   constexpr bool kSideBySide = kOrder != Order::rows;  // the factors of one k
   const int64_t between = kOrder == Order::gathered ? args.weight->K : kSideBySide ? 1 : args.x_stride;
   const float* x = args.x + m * between;
+  const int64_t stride = args.x_stride;
   Vec sums[R][kVectors];
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
     for (int j = 0; j < kVectors; ++j)
       sums[r][j] = chunk.begin % kApart == 0 ? Vec{} : load(chunk.running + (r * kVectors + j) * kWidth);
-  const auto step = [&](const float* row, const float* factor) __attribute__((always_inline)) {
+  const auto step = [&](const float* row, const float* factor, const float* third) __attribute__((always_inline)) {
     const auto factor_of = [&](int r) __attribute__((always_inline)) {
-      return splat(kSideBySide ? factor[r] : factor[r * args.x_stride]);
+      if (kSideBySide) return splat(factor[r]);
+      return splat(kWide || r < 3 ? factor[r * stride] : third[(r - 3) * stride]);
     };
     // Beside the sums AVX2 has registers for two vectors of weights and one factor; the others take one vector at a
     // time.
@@ -93,12 +95,15 @@ FT_INLINE void block(const Linear& args, const float* weights, int64_t m, int64_
   };
   const int64_t along = kOrder == Order::gathered ? R : kSideBySide ? args.x_stride : 1;
   const float *row = weights, *factor = x + chunk.begin * along;
+  // An instruction can add 0, 1 or 2 strides to an address by itself.
+  const float* third = factor + 3 * stride;
+  if constexpr (!kSideBySide && !kWide) asm("" : "+r"(third));
   const float* ahead = chunk.ahead;
   if constexpr (kWide) {
     int64_t due = 0;  // in 64ths of a line
     for (int64_t k = chunk.begin; k < chunk.end; ++k, row += kBlock, factor += along) {
       for (due += chunk.lines_in_64_rows; due >= 64; due -= 64, ahead += kLine) __builtin_prefetch(ahead, 0, 2);
-      step(row, factor);
+      step(row, factor, third);
     }
   } else {
     if (chunk.end == args.weight->K && !chunk.passed_once())
@@ -113,14 +118,14 @@ FT_INLINE void block(const Linear& args, const float* weights, int64_t m, int64_
       const float* const turn = row + kTurn * kBlock;
       do {
 #pragma GCC unroll 8
-        for (int i = 0; i < kUnrolled; ++i, row += kBlock, factor += along) {
-          step(row, factor);
+        for (int i = 0; i < kUnrolled; ++i, row += kBlock, factor += along, third += along) {
+          step(row, factor, third);
           loads_wait();
         }
       } while (row != turn);
     }
 #pragma GCC unroll 1
-    for (int64_t i = 0; i < rest; ++i, row += kBlock, factor += along) step(row, factor);
+    for (int64_t i = 0; i < rest; ++i, row += kBlock, factor += along, third += along) step(row, factor, third);
   }
   chunk.ahead = ahead;
   const auto each = [&](auto f) __attribute__((always_inline)) {

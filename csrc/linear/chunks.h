@@ -23,6 +23,7 @@ constexpr int64_t kRowsTogether = 96;                  // whose sums wait betwee
 
 template <class Form>
 struct PackedChunk {
+  int64_t depth;       // of a row of x
   int64_t begin, end;  // tiles
   bool first, last;
   const char* ahead;      // the next weights to ask for
@@ -33,14 +34,17 @@ struct PackedChunk {
 template <class Form, int R>
 FT_INLINE void packed_block(const Linear& args, const char* panel, int part, int64_t m, int64_t n,
                             PackedChunk<Form>& chunk) {
-  const int64_t depth = args.weight->depth();
-  const auto* x = rounded_row<typename Form::Rounded>(args, m) + chunk.begin * 16 * Form::kTogether;
-  typename Form::Sum sums[R][kPackedVectors];
+  const int64_t depth = chunk.depth;
+  const auto* x =
+      static_cast<const typename Form::Rounded*>(args.scratch) + m * depth + chunk.begin * 16 * Form::kTogether;
+  const auto each = [&](const auto& f) __attribute__((always_inline)) {
 #pragma GCC unroll 8
-  for (int r = 0; r < R; ++r)
+    for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
-    for (int j = 0; j < kPackedVectors; ++j)
-      sums[r][j] = chunk.first ? typename Form::Sum{} : chunk.running[r * kPackedVectors + j];
+      for (int j = 0; j < kPackedVectors; ++j) f(r, j);
+  };
+  typename Form::Sum sums[R][kPackedVectors];
+  each([&](int r, int j) { sums[r][j] = chunk.first ? typename Form::Sum{} : chunk.running[r * kPackedVectors + j]; });
   for (int64_t tile = chunk.begin; tile < chunk.end; ++tile) {
     const char* row = panel + tile * (kPanel / 16) * kTileBytes;
     for (int64_t i = 0; i < chunk.lines_of_tile; ++i) __builtin_prefetch(chunk.ahead + i * 64, 0, 2);
@@ -58,18 +62,13 @@ FT_INLINE void packed_block(const Linear& args, const char* panel, int part, int
 #pragma GCC unroll 4
         for (int j = 0; j < kPackedVectors; ++j) sums[r][j] = Form::add(sums[r][j], factors, w[j]);
       }
+      loads_wait();
     }
   }
-#pragma GCC unroll 8
-  for (int r = 0; r < R; ++r)
-#pragma GCC unroll 4
-    for (int j = 0; j < kPackedVectors; ++j) {
-      const int64_t column = n + part + j * kWidth;
-      if (chunk.last)
-        store_sum(args, m + r, column, Form::value(args, sums[r][j], m + r, column));
-      else
-        chunk.running[r * kPackedVectors + j] = sums[r][j];
-    }
+  if (!chunk.last) return each([&](int r, int j) { chunk.running[r * kPackedVectors + j] = sums[r][j]; });
+  Vec results[R][kPackedVectors];
+  each([&](int r, int j) { results[r][j] = Form::value(args, sums[r][j], m + r, n + part + j * kWidth); });
+  store_sums(args, m, n + part, results);
 }
 
 template <class Form, int R>
@@ -94,8 +93,8 @@ void multiply_packed(const Linear& args) {
       const int64_t lines = m0 > 0 ? 0 : (kPanel / 16 * kTileBytes / 64 + passes - 1) / passes;
       for (int64_t tile = 0; tile < tiles; tile += kTilesInChunk) {
         const int64_t end = smaller(tile + kTilesInChunk, tiles);
-        PackedChunk<Form> chunk{tile,  end,    tile == 0, end == tiles, weights + end * (kPanel / 16) * kTileBytes,
-                                lines, running};
+        const char* const ahead = weights + end * (kPanel / 16) * kTileBytes;
+        PackedChunk<Form> chunk{w.depth(), tile, end, tile == 0, end == tiles, ahead, lines, running};
         for (int part = 0; part < kPanel; part += kPackedBlock)
           for_equal_blocks(kPackedRows, rows, [&](int64_t m, int some) {
             packed_blocks<Form, kPackedRows>(args, weights, part, first + m0 + m, panel * kPanel, some, chunk);

@@ -12,7 +12,6 @@
 // most. With AVX2 that holds for one row alone: on a Zen 3 2 to 6 take 1 to 11 % less time with it.
 
 #include "block.h"
-#include "gather.h"
 #include "parts.h"
 #include "sparse.h"
 
@@ -29,12 +28,6 @@ void linear_float32(const Linear& args) {
         sparse_blocks<kRows>(args, places, own, panel * kPanel + part);
       });
     });
-  Linear gathered = args;
-  const bool gathers = !kWide && args.M >= kLeastGathered;
-  if (gathers) {
-    gather_rows(args.x, args.x_stride, 1, args.M, w.K, static_cast<float*>(args.scratch));
-    gathered.x = static_cast<const float*>(args.scratch);
-  }
   for_each_panel(args, [&](int64_t panel, int64_t first, int64_t count) {
     const float* weights = static_cast<const float*>(w.data.get()) + panel * w.K * kPanel;
     const int64_t n = panel * kPanel, blocks_of_rows = (count + kRows - 1) / kRows;
@@ -48,10 +41,7 @@ void linear_float32(const Linear& args) {
     for (int64_t m = 0; m < count; m += kRowsInChunks) {
       const int64_t rows = smaller(kRowsInChunks, count - m);
       const float* const after = m + kRowsInChunks < count ? weights : weights + w.K * kPanel;
-      if (gathers)
-        multiply_in_chunks<Order::gathered>(gathered, weights, n, first + m, rows, due, after);
-      else
-        multiply_in_chunks<Order::rows>(args, weights, n, first + m, rows, due, after);
+      multiply_in_chunks<Order::rows>(args, weights, n, first + m, rows, due, after);
     }
   });
 }

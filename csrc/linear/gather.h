@@ -1,7 +1,7 @@
 #pragma once
-// Rows of x in the order in which blocks of narrow vectors read them: [K][R] for each block of R rows. A block then
-// reads one run of memory, where from rows as they lie it would read R, often a power of two apart, which share few
-// sets of the caches. Included by linear/*.simd.cpp.
+// Rows of x as float32, in the order in which blocks of narrow vectors read them: [K][R] for each block of R rows. For
+// x of 16 bits or with columns that are contiguous; rows of float32 are as quickly read as they lie. Included by
+// linear/*.simd.cpp.
 
 #include "../common/transpose.h"
 #include "block.h"

@@ -58,9 +58,44 @@ struct Int8 {
   }
 };
 
+#if defined(__AVX2__) && !defined(__AVX512F__)
+// Up to kFewLevels levels of x: bytes that are kFewLevels + 1 more than these are multiplied as they are. A Zen 3 takes
+// two such products of vectors a cycle, and one of 16-bit numbers: 64 rows 166 GOP/s where Int8 has 126, and
+// float32 97.
+struct FewLevels {
+  using Rounded = uint8_t;
+  using Sum = IVec;
+  using Weights = __m256i;
+  using Factors = __m256i;
+  static constexpr int kTogether = 4, kMore = kFewLevels + 1;
+  static FT_INLINE Weights unpack(const char* p) { return load_raw<__m256i>(p); }
+  static FT_INLINE Factors factors(const uint8_t* x) {
+    int32_t four;
+    std::memcpy(&four, x, sizeof four);
+    return _mm256_set1_epi32(four);
+  }
+  static FT_INLINE IVec add(IVec sum, Factors x, Weights w) {
+    __m256i ones = _mm256_set1_epi16(1);
+    asm("" : "+x"(ones));  // in a register: there is enough else to load
+    return sum + (IVec)_mm256_madd_epi16(_mm256_maddubs_epi16(x, w), ones);
+  }
+  static FT_INLINE Vec value(const Linear& args, IVec sum, int64_t m, int64_t n) {
+    const IVec exact = sum - (load_raw<IVec>(args.weight->offset() + n) >> 1);  // of 128 times the weights
+    return to_float(exact) * (load(args.weight->scale() + n) * row_scales<uint8_t>(args)[m]);
+  }
+};
+static_assert(2 * FewLevels::kMore == 128, "what offset() is of");
+#endif
+
 }  // namespace
 
 void linear_int8(const Linear& args) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  if (args.levels <= kFewLevels) {
+    round_rows_to_unsigned(args, FewLevels::kMore);
+    return multiply_packed<FewLevels>(args);
+  }
+#endif
   round_rows_to_levels<int16_t>(args, [](int16_t* out, IVec level) {
     constexpr int kPlace[4] = {0, 2, 1, 3};  // each pair beside what it is multiplied with
     for (int i = 0; i < kWidth; ++i) out[i / 4 * 4 + kPlace[i % 4]] = int16_t(level[i]);

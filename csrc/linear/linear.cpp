@@ -32,7 +32,7 @@ bool has_multiplier(WeightForm form, Multiplier multiplier) {
 }
 
 int64_t linear_scratch(const PackedWeight& w, int64_t M) {
-  if (w.form == WeightForm::f32) return gathers() && M >= kLeastGathered ? M * w.K * 4 : 0;
+  if (w.form == WeightForm::f32) return 0;
   const int64_t rows = (M + 15) / 16 * 16;
   return rows * w.depth() * (w.form == WeightForm::bf16 ? 4 : 2) + rows * 4;
 }
@@ -43,6 +43,7 @@ void linear(const Linear& args) {
   const WeightForm form = args.weight->form;
   FT_REQUIRE(args.scratch != nullptr || linear_scratch(*args.weight, args.M) == 0, "working memory is missing");
   FT_REQUIRE(has_multiplier(form, args.multiplier), "this processor does not have the multiplier asked for");
+  FT_REQUIRE(1 <= args.levels && args.levels <= kLevels, "levels must be 1 ... 127, got " << args.levels);
   const Multiplier how = chosen(args);
   if (form == WeightForm::f32) {
     FT_DISPATCH_ISA(linear_float32, args);

@@ -10,8 +10,7 @@ namespace fused::cpu {
 
 // Float32 columns that a kernel computes together (block.h), and in which weights are packed.
 inline int64_t columns_together() { return isa() == Isa::avx512 ? 64 : 16; }
-// From so many rows on x is put in the order of these kernels as well, if it is worth it at all (gather.h).
-constexpr int64_t kLeastGathered = 40;
+// Whether matmul puts x in the order of these kernels as well (gather.h).
 inline bool gathers() { return isa() != Isa::avx512; }
 
 FT_DECLARE_ISA(linear_float32, Linear)

@@ -31,12 +31,13 @@ void round_rows(const Linear& args) {
   });
 }
 
-// x as levels -127 ... 127 of the row's largest magnitude: `put` writes four neighbours of a row. A row that is not
-// finite gets the scale NaN, and so its results.
+// x as args.levels levels of the row's largest magnitude, up and down: `put` writes kWidth neighbours of a row. A row
+// that is not finite gets the scale NaN, and so its results.
 template <class T, class F>
 void round_rows_to_levels(const Linear& args, const F& put) {
   const int64_t K = args.weight->K, depth = args.weight->depth();
   float* scales = row_scales<T>(args);
+  const auto levels = float(args.levels);
   parallel_for(args.M, args.M * K, [&](int64_t m) {
     const float* x = args.x + m * args.x_stride;
     Vec top{}, zero{};
@@ -48,9 +49,9 @@ void round_rows_to_levels(const Linear& args, const F& put) {
     float lane[kWidth], largest = 0.0f;
     store(lane, top);
     for (float value : lane) largest = value > largest ? value : largest;
-    const float nothing = reduce_sum(zero), by = 127.0f / largest;
+    const float nothing = reduce_sum(zero), by = levels / largest;
     const float inverse = nothing == 0.0f && by < kInf ? by : 0.0f;  // of 0, and what is next to it
-    scales[m] = largest / 127.0f + nothing;
+    scales[m] = largest / levels + nothing;
     T* out = rounded_row<T>(args, m);
     for (int64_t k = 0; k < depth; k += kWidth) {
       const Vec v = k < K ? load(x + k, int(smaller(kWidth, K - k))) : Vec{};
@@ -62,11 +63,11 @@ void round_rows_to_levels(const Linear& args, const F& put) {
   });
 }
 
-// The same as bytes 1 ... 255, 128 more than the levels.
-inline void round_rows_to_unsigned(const Linear& args) {
-  round_rows_to_levels<uint8_t>(args, [](uint8_t* out, IVec level) {
+// The same as bytes, each `more` than the level.
+inline void round_rows_to_unsigned(const Linear& args, int32_t more = 128) {
+  round_rows_to_levels<uint8_t>(args, [&](uint8_t* out, IVec level) {
     typedef uint8_t Bytes __attribute__((vector_size(FT_WIDTH)));
-    store_raw(out, __builtin_convertvector(level + 128, Bytes));
+    store_raw(out, __builtin_convertvector(level + more, Bytes));
   });
 }
 

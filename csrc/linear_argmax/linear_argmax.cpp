@@ -33,6 +33,25 @@ int64_t first_of_the_largest(const float* y, int64_t count) {
   return best;
 }
 
+// The largest result of each candidate from the one at `from` on.
+void compute(const LinearArgmax& args, std::vector<Candidate>& candidates, int64_t from) {
+  const Screen& screen = *args.screen;
+  const int64_t count = int64_t(candidates.size()) - from, together = screen.weight.columns;
+  parallel_for(count, count * together * screen.weight.K, [&](int64_t i) {
+    Candidate& c = candidates[size_t(from + i)];
+    const PackedWeight weight = columns_of(screen.weight, c.column, together);
+    alignas(64) float y[kPanel];
+    Linear exact;
+    exact.weight = &weight;
+    exact.M = 1, exact.x = args.x + c.m * args.x_stride, exact.x_stride = args.x_stride;
+    exact.bias = screen.bias == nullptr ? nullptr : screen.bias + c.column;
+    exact.y = y, exact.y_stride = kPanel;
+    linear(exact);
+    const int64_t best = first_of_the_largest(y, weight.N);
+    c.value = y[best], c.column += best;
+  });
+}
+
 // All results, of some columns at a time, which stay in the cache until their largest is found.
 int64_t argmax_of_all(const LinearArgmax& args, int64_t together) {
   const Screen& screen = *args.screen;
@@ -112,6 +131,7 @@ int64_t linear_argmax(const LinearArgmax& args) {
             Room::room(M * groups * 4));
   Screening s{};
   s.screen = &screen, s.M = M, s.levels = levels, s.x = args.x, s.x_stride = args.x_stride;
+  s.steps = levels == 1 && isa() == Isa::avx2 ? kFewLevels : kLevels;
   s.rows = room.take<float>(levels * M * K);
   s.reach = room.take<float>(2 * M);
   s.upper = room.take<float>(M * blocks);
@@ -128,6 +148,7 @@ int64_t linear_argmax(const LinearArgmax& args) {
     rough.weight = &some;
     rough.M = levels * M, rough.x = s.rows, rough.x_stride = K;
     rough.y = results, rough.y_stride = together;
+    rough.levels = s.steps;
     rough.scratch = room.take<char>(scratch);
     linear(rough);
     const Bounding bounding{&s, group * together, some.N, results, together, lowest + group * M};
@@ -140,31 +161,32 @@ int64_t linear_argmax(const LinearArgmax& args) {
     for (int64_t group = 1; group < groups; ++group)
       if (lowest[group * M + m] > least[size_t(m)]) least[size_t(m)] = lowest[group * M + m];
   }
-  std::vector<Candidate> candidates;  // in the order of the blocks: each is read once for all rows
+  // First of each row the block that may hold most: its largest result leaves less to be computed than any bound.
+  std::vector<int64_t> highest(size_t(M), 0);
+  for (int64_t block = 1; block < blocks; ++block)
+    for (int64_t m = 0; m < M; ++m)
+      if (s.upper[block * M + m] > s.upper[highest[size_t(m)] * M + m]) highest[size_t(m)] = block;
+  std::vector<Candidate> candidates;
+  for (int64_t m = 0; m < M; ++m) candidates.push_back({highest[size_t(m)] * screen.weight.columns, m});
+  compute(args, candidates, 0);
+  for (const Candidate& c : candidates)
+    if (c.value > least[size_t(c.m)]) least[size_t(c.m)] = c.value;
   for (int64_t block = 0; block < blocks; ++block)
     for (int64_t m = 0; m < M; ++m)
-      if (!(s.upper[block * M + m] < least[size_t(m)])) candidates.push_back({block * screen.weight.columns, m});
-  const auto count = int64_t(candidates.size());
-  parallel_for(count, count * screen.weight.columns * K, [&](int64_t i) {
-    Candidate& c = candidates[size_t(i)];
-    const PackedWeight weight = columns_of(screen.weight, c.column, screen.weight.columns);
-    alignas(64) float y[kPanel];
-    Linear exact;
-    exact.weight = &weight;
-    exact.M = 1, exact.x = args.x + c.m * args.x_stride, exact.x_stride = args.x_stride;
-    exact.bias = screen.bias == nullptr ? nullptr : screen.bias + c.column;
-    exact.y = y, exact.y_stride = kPanel;
-    linear(exact);
-    const int64_t best = first_of_the_largest(y, weight.N);
-    c.value = y[best], c.column += best;
-  });
+      if (!(s.upper[block * M + m] < least[size_t(m)]) && block != highest[size_t(m)])
+        candidates.push_back({block * screen.weight.columns, m});
+  // A block for one row waits for memory; where they are too many (on a Zen 3, with 16 columns), all rows share each.
+  if (args.levels == 0 && int64_t(candidates.size()) > blocks + blocks * M / 12) return argmax_of_all(args, together);
+  compute(args, candidates, M);
   for (int64_t m = 0; m < M; ++m) args.places[m] = -1;
   for (const Candidate& c : candidates) {
     const float best = args.values[c.m];
-    if (args.places[c.m] >= 0 && (best != best || !(c.value > best || c.value != c.value))) continue;
-    args.values[c.m] = c.value, args.places[c.m] = c.column;
+    const bool nan = c.value != c.value, first = c.column < args.places[c.m];
+    // Of NaN, and of what is equal, the first in the row.
+    const bool better = best != best ? nan && first : nan || c.value > best || (c.value == best && first);
+    if (args.places[c.m] < 0 || better) args.values[c.m] = c.value, args.places[c.m] = c.column;
   }
-  return count;
+  return int64_t(candidates.size());
 }
 
 }  // namespace fused::cpu

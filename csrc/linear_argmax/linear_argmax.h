@@ -8,22 +8,27 @@
 //
 //   |y_n - z_n - bias_n| <= |x| |W_n - Q_n| + |x - x'| |Q_n| + rounding
 //
-// A column whose upper bound is below the largest lower one can't be the largest. Of the others `linear` computes the
-// blocks that it packs together: value and place are what a search through all its results finds, to the bit.
+// Of each row `linear` first computes the block of columns, as it packs them together, whose upper bound is the
+// largest; a column whose upper bound is below the largest of these results, or a lower bound, can't be the largest.
+// The other blocks are computed too: value and place are what a search through all results finds, to the bit.
 //
-// x' is x in one or two levels of eight bits. With two nearly all of the bound is W's rounding, with random numbers
-// 0.17 of the results' standard deviation, and of 32,000 results about 4 are left; with one the bound is twice that and
-// about 15 are, but z is half the work. A block is 16 columns, but 64 with AVX-512: there the 15 would be a quarter of
-// a megabyte more than they are worth, and dot products of bytes cost little, so x has two levels; elsewhere one.
+// x' is x in one or two levels of seven or eight bits. With two nearly all of the bound is W's rounding, with random
+// numbers 0.17 of the results' standard deviation, and of 32,000 results' blocks about 2 are computed; one of eight
+// bits makes the bound twice that, and one of seven (AVX2's, see kFewLevels) three times that, of which about 8 are
+// left, but z is half the work. A block is 16 columns, but 64 with AVX-512: there they would be a quarter of a megabyte
+// more than they are worth, and dot products of bytes cost little, so x has two levels; elsewhere one.
 //
 // At N = 32,000, K = 512: 16.4 MB of Q, 0.3 MB of bounds and 33 KB a block (131 with AVX-512), where W is 65.5 MB. One
-// thread of a Zen 3, beside all results and their maxima: 1 row 2.2 and 6.6 ms, 4 rows 3.1 and 7.9, 8 rows 5.1 and 9.2,
-// 32 rows 18 and 21. (Two levels: 4.5 ms for 4 rows, 9.1 for 8.) With more rows multiplying takes longer than reading,
-// and bytes are no faster than float32 there: all results are computed then, and never written to memory.
+// thread of a Zen 3, beside all results and their maxima: 1 row 0.9 and 3.1 ms, 4 rows 1.3 and 3.5, 8 rows 2.1 and 4.1,
+// 32 rows 8.0 and 12.8, 64 rows 15.7 and 23.9. (By eight bits, and without the first block: 4 rows 1.7 ms, 8 rows 2.9,
+// 32 rows 10.9.) Where bounds
+// leave too much all results are computed, and never written to memory; and so are those of more than 32 rows where
+// bytes are multiplied no sooner than float32 (neither AVX2 nor AVX-512).
 
 #include <cstdint>
 #include <memory>
 
+#include "../common/isa.h"
 #include "../linear/linear.h"
 
 namespace fused::cpu {
@@ -41,8 +46,8 @@ struct Screen {
   float* size() const { return error() + columns(); }
   // Whether the float32 columns that lie together are narrow, as with AVX2, where screening and all else was measured.
   bool narrow() const { return weight.columns < kPanel; }
-  // For how many rows screening is quicker than all results, at N = 32,000, K = 512 on a Zen 3.
-  int64_t most_screened() const { return narrow() ? 32 : INT64_MAX; }
+  // For how many rows screening is quicker than all results: always, where bytes are multiplied sooner than float32.
+  int64_t most_screened() const { return narrow() && isa() != Isa::avx2 ? 32 : INT64_MAX; }
   // For how many rows linear_argmax is quicker than linear and a search through what it wrote: always; with AVX-512
   // measured up to 6, which were slower.
   int64_t most_rows() const { return narrow() ? INT64_MAX : 4; }

@@ -10,9 +10,10 @@ namespace fused::cpu {
 struct Screening {
   const Screen* screen;
   int64_t M, levels;
+  int steps;  // of x's magnitudes, in each level
   const float* x;
   int64_t x_stride;
-  float* rows;   // (levels * M, K): x to eight bits, and with two levels beneath it what that leaves
+  float* rows;   // (levels * M, K): x to its steps, and with two levels beneath it what that leaves
   float* reach;  // (M, 2): what error() and size() are multiplied by in a bound; NaN where there is none
   float* upper;  // (blocks, M): no result of the block is above it
 };

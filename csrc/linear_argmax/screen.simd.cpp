@@ -11,7 +11,8 @@ constexpr float kHalfUlp = 0x1p-24f;
 // Rows of other lengths (0 among them, and what is not finite), or whose results may reach further than this, are not
 // screened: a level, a bound or a part of a sum might overflow.
 constexpr float kShortest = 1e-15f, kLongest = 1e15f, kFarthest = 1e36f;
-// A scale of products below the normal numbers loses digits, of each of the 127 * 127 K that a sum may be made of.
+// A scale of products below the normal numbers loses digits, of each of the up to 127 * 127 K that a sum may be made
+// of.
 constexpr float kLeast = 2e-38f, kLeastOfProduct = 4e-41f;
 
 FT_INLINE int lanes(int64_t n, int64_t end) { return end - n < kWidth ? int(end - n) : kWidth; }
@@ -29,7 +30,8 @@ void split_row(const Screening& s, int64_t m) {
   }
   const float largest = largest_lane(top), length = __builtin_sqrtf(reduce_sum(squares));
   const bool bounded = length >= kShortest && length <= kLongest && length * s.screen->largest <= kFarthest;
-  const float step = bounded ? largest / 127.0f : 0.0f, inverse = bounded ? 127.0f / largest : 0.0f;
+  const auto steps = float(s.steps);
+  const float step = bounded ? largest / steps : 0.0f, inverse = bounded ? steps / largest : 0.0f;
   Vec left{}, off{};
   for (int64_t k = 0; k < K; k += kWidth) {
     const int count = lanes(k, K);
@@ -45,8 +47,8 @@ void split_row(const Screening& s, int64_t m) {
   // levels, where v * inverse and linear's own level are together off by 127 * 5 half ulps. Float32 sums of K products
   // are off by K + 2 half ulps of |x| |W_n| at most in whatever order; the products with Q, which are exact, by a few.
   const float root = __builtin_sqrtf(float(K));
-  const float beyond =
-      rest != nullptr ? largest_lane(left) / 254.0f * root : step * (__builtin_sqrtf(reduce_sum(off)) + 1e-4f * root);
+  const float beyond = rest != nullptr ? largest_lane(left) / (2.0f * steps) * root
+                                       : step * (__builtin_sqrtf(reduce_sum(off)) + 1e-4f * root);
   reach[0] = bounded ? 1.001f * length : __builtin_nanf("");
   reach[1] = 1.001f * (beyond + float(K + 32) * kHalfUlp * length);
 }

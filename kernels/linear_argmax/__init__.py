@@ -20,14 +20,15 @@ def linear_argmax(x: Tensor, layer: ScreenedLinear) -> tuple[Tensor, Tensor]:
 
     What `linear(x, layer.linear).max(-1)` gives, to the bit, of which a step of greedy decoding needs no more. Few rows
     are bound by reading W, 4 N K bytes. Here N K are read, W rounded to int8 (Q), which tell within what bounds each
-    result lies (x' is x to 8 bits, with AVX-512 to 16):
+    result lies (x' is x to 8 bits, with AVX2 to 7, with AVX-512 to 16):
 
         |yₙ - x' Qₙᵀ - bₙ| <= |x| |Wₙ - Qₙ| + |x - x'| |Qₙ| + rounding              (Cauchy and Schwarz)
 
     Only columns that can be the largest by these bounds are computed from W, with the 16 or 64 that are packed together
-    with each of them: with random numbers about 15 of 32,000 (4 with 16 bits), fewer with a trained model's. Where the
-    bounds leave many, all of W is read and more: the result is the same. More than 32 rows, which are bound by
-    multiplying, take all results without AVX-512, some columns at a time, so that none is written to memory.
+    with each of them: with random numbers about 8 such blocks of 32,000 columns (2 with 16 bits), fewer with a trained
+    model's. Where the bounds leave many, all results are computed, some columns at a time, so that none is written to
+    memory: the result is the same. So are those of more than 32 rows where bytes are multiplied no sooner than float32
+    (without AVX2 and AVX-512).
 
     Args:
         x: (..., K) float32, any strides (a last axis that is not contiguous is copied).
