@@ -39,9 +39,7 @@ struct Scratch {
 
 Scratch make_scratch(float* memory, int64_t D) {
   Scratch scratch;
-  scratch.block = make_block(memory, D);
-  scratch.spare_k = scratch.block.k_safe;
-  scratch.spare_v = scratch.block.v_safe;
+  scratch.block = make_block(memory, D, scratch.spare_k, scratch.spare_v);
   scratch.weights = memory + block_floats(D);
   scratch.dscores = scratch.weights + kTileFloats;
   scratch.rows = scratch.dscores + kTileFloats;
@@ -90,7 +88,7 @@ void step(const AttentionBackward& args, const Sequence& s, State& state, const 
     const Vec lse = load(state.lse + v * kWidth), delta = load(state.delta + v * kWidth);
     for (int j = 0; j < count; ++j) {
       const int at = j * lanes + v * kWidth;
-      const Vec score = load(weights + at), weight = exp(score - lse);
+      const Vec score = load(weights + at), weight = exp2((score - lse) * kLog2E);
       // a masked score's dP may be NaN, from a garbage value row: it must not meet its weight of 0
       const Vec dscore = weight * (load(dscores + at) - delta);
       store(dscores + at, score == splat(-kInf) ? Vec{} : dscore);
@@ -209,7 +207,7 @@ void chunk(const AttentionBackward& args, const Sequence& s, int64_t index, int6
     state.lse = next;
     state.delta = next + kLanes;
     next += 2 * kLanes;
-    begin(args, s, state, scratch.block.k);
+    begin(args, s, state, scratch.block.k_rows);
   }
   for (int64_t j0 = low; j0 < high; j0 += kKeys) {
     const int count = int(smaller(kKeys, high - j0));

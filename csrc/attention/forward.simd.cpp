@@ -54,14 +54,14 @@ void step(const AttentionForward& args, const Sequence& s, State& state, const K
   for (int j = 0; j < count; ++j) {
     for (int v = 0; v < NV; ++v) {
       float* score = scores + j * lanes + v * kWidth;
-      const Vec weight = exp<true>(load(score) - shift[v]);
+      const Vec weight = exp2((load(score) - shift[v]) * kLog2E);
       store(score, weight);
       sum[v] += weight;
     }
   }
   float decay[kLanes];
   for (int v = 0; v < NV; ++v) {
-    const Vec factor = exp(before[v] - shift[v]);
+    const Vec factor = exp2((before[v] - shift[v]) * kLog2E);
     store(decay + v * kWidth, factor);
     store(state.maximum + v * kWidth, maximum[v]);
     store(state.sum + v * kWidth, load(state.sum + v * kWidth) * factor + sum[v]);
@@ -97,17 +97,14 @@ void step(const AttentionForward& args, const Sequence& s, State& state, const K
   }
 }
 
-void begin(const AttentionForward& args, const Sequence& s, State& state, float* rows) {
+void begin(const AttentionForward& args, const Sequence& s, State& state) {
   const Tile& t = state.tile;
-  const int D = int(args.D), lanes = t.vecs * kWidth;
-  const int64_t ld = row_floats(D);
+  const int lanes = t.vecs * kWidth;
   with_storage(args.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
-    load_rows(row_of<T>(args, args.q, s, s.h, s.q0, t.first), args.q.row, t.rows, D, args.scale, nullptr, rows, ld,
-              row_of<T>(args, args.k, s, s.hk, s.k0, t.low), args.k.row);
+    scaled_rows_to_panel(row_of<const T>(args, args.q, s, s.h, s.q0, t.first), args.q.row, t.rows, int(args.D),
+                         args.scale, t.vecs, state.q);
   });
-  std::memset(rows + t.rows * ld, 0, sizeof(float) * (lanes - t.rows) * ld);
-  rows_to_panel(rows, ld, D, t.vecs, state.q, lanes);
   state.started = false;
   for (int i = 0; i < lanes; ++i) {
     state.maximum[i] = -kInf;
@@ -120,14 +117,21 @@ void finish(const AttentionForward& args, const Sequence& s, const State& state)
   const int D = int(args.D);
   const int64_t ld = row_floats(D);
   if (!state.started) std::memset(state.out, 0, sizeof(float) * t.rows * ld);
+  float factors[kLanes];
+  for (int v = 0; v < t.vecs; ++v) {
+    const Vec sum = load(state.sum + v * kWidth);
+    store(factors + v * kWidth, sum == Vec{} ? Vec{} : splat(args.dropout_scale) / sum);
+  }
   with_storage(args.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
     T* out = row_of<T>(args, args.out, s, s.h, s.q0, t.first);
-    for (int i = 0; i < t.rows; ++i) {
-      const float sum = state.sum[i];
-      const Vec factor = splat(sum == 0.0f ? 0.0f : args.dropout_scale / sum);
-      for (int d = 0; d < D; d += kWidth)
-        store(out + i * args.out.row + d, load(state.out + i * ld + d) * factor, int(smaller(kWidth, D - d)));
+    const float* from = state.out;
+    for (int i = 0; i < t.rows; ++i, out += args.out.row, from += ld) {
+      const Vec factor = splat(factors[i]);
+      int d = 0;
+#pragma GCC unroll 4
+      for (; d + kWidth <= D; d += kWidth) store(out + d, load(from + d) * factor);
+      if (d < D) store(out + d, load(from + d) * factor, D - d);
     }
   });
   float* lse = row_of<float>(args, args.lse, s, s.h, s.q0, t.first);
@@ -195,8 +199,8 @@ void run(const AttentionForward& args, const Task& task, const Task* after, floa
   if (task.tiles == 0) return;
   const Sequence& s = task.s;
   const int64_t D = args.D;
-  KeyBlock block = make_block(scratch, D);
-  float *spare_k = block.k_safe, *spare_v = block.v_safe;
+  float *spare_k, *spare_v;
+  KeyBlock block = make_block(scratch, D, spare_k, spare_v);
   float* scores = scratch + block_floats(D);
   MaskTile& masks = *reinterpret_cast<MaskTile*>(scores + kTileFloats);
   float* next = scores + kTileFloats + kMaskTileFloats;
@@ -212,7 +216,7 @@ void run(const AttentionForward& args, const Task& task, const Task* after, floa
     state.maximum = state.out + panel;
     state.sum = state.maximum + kLanes;
     next = state.sum + kLanes;
-    begin(args, s, state, state.out);  // `out` lends its memory to the rows until they are transposed
+    begin(args, s, state);
     low = smaller(low, state.tile.low);
     high = larger(high, state.tile.high);
     groups += groups_of(state.tile.vecs, state.tile.high - state.tile.low, state.tile.rows, D);

@@ -102,6 +102,32 @@ FT_INLINE void rows_to_panel(const float* rows, int64_t ld, int columns, int vec
   }
 }
 
+// `rows` rows of D elements -> `factor` times them as panel [D][vecs * kWidth], zero beyond the last row.
+template <class T>
+FT_INLINE void scaled_rows_to_panel(const T* in, int64_t stride, int rows, int D, float factor, int vecs,
+                                    float* panel) {
+  const int lanes = vecs * kWidth;
+  const Vec f = splat(factor);
+  for (int v = 0; v < vecs; ++v, in += kWidth * stride, panel += kWidth) {
+    const int there = rows - v * kWidth;
+    for (int c = 0; c < D; c += kWidth) {
+      const int count = int(smaller(kWidth, D - c));
+      Vec r[kWidth];
+      if (there >= kWidth && count == kWidth)
+#pragma GCC unroll 16
+        for (int i = 0; i < kWidth; ++i) r[i] = load(in + i * stride + c) * f;
+      else
+        for (int i = 0; i < kWidth; ++i) r[i] = i < there ? load(in + i * stride + c, count) * f : Vec{};
+      transpose(r);
+      if (count == kWidth)
+#pragma GCC unroll 16
+        for (int i = 0; i < kWidth; ++i) store(panel + (c + i) * lanes, r[i]);
+      else
+        for (int i = 0; i < count; ++i) store(panel + (c + i) * lanes, r[i]);
+    }
+  }
+}
+
 // panel [columns][lanes] -> the first `rows` rows of memory, row stride ld
 template <class T>
 FT_INLINE void panel_to_rows(const float* panel, int64_t lanes, int columns, int rows, T* out, int64_t ld) {
@@ -157,20 +183,36 @@ FT_INLINE void load_rows(const T* in, int64_t stride, int64_t rows, int D, float
   load_rows(in, stride, rows, D, factor, nullptr, out, ld, in, stride);
 }
 
+// Whether all of `count` floats are finite; meanwhile asks for as many at `next`. As load_rows does, without a copy.
+FT_INLINE bool all_finite(const float* in, int64_t count, const float* next) {
+  constexpr int kTogether = 4, kStep = kTogether * kWidth;
+  Vec nonfinite[kTogether]{};
+  int64_t i = 0;
+  for (; i + kStep <= count; i += kStep) {
+    for (int line = 0; line < kStep; line += 16) __builtin_prefetch(next + i + line);
+#pragma GCC unroll 4
+    for (int n = 0; n < kTogether; ++n) nonfinite[n] += load(in + i + n * kWidth) * Vec{};
+  }
+  for (; i < count; i += kWidth) nonfinite[0] += load(in + i) * Vec{};
+  return reduce_sum((nonfinite[0] + nonfinite[1]) + (nonfinite[2] + nonfinite[3])) == 0.0f;
+}
+
 // Keys j0 ... j0 + count of one sequence, as float32 rows of `ld`.
 struct KeyBlock {
   int64_t j0;
   int count;
   int64_t ld;
-  float *k, *v;
+  float *k_rows, *v_rows;  // memory for them; of what lies in such rows already there is no copy
+  const float *k, *v;
   // What a weight of 0 may multiply: NaN and Inf replaced by 0. The same memory as k and v if those are finite.
-  float *k_safe, *v_safe;
+  const float *k_safe, *v_safe;
 };
 
-// The block with its memory laid out from `scratch`, block_floats(D) of it.
-FT_INLINE KeyBlock make_block(float* scratch, int64_t D) {
+// The block with its memory laid out from `scratch`, block_floats(D) of it, and what that leaves for the finite copies.
+FT_INLINE KeyBlock make_block(float* scratch, int64_t D, float*& spare_k, float*& spare_v) {
   const int64_t ld = row_floats(D), size = kKeys * ld;
-  return {0, 0, ld, scratch, scratch + size, scratch + 2 * size, scratch + 3 * size};
+  spare_k = scratch + 2 * size, spare_v = scratch + 3 * size;
+  return {0, 0, ld, scratch, scratch + size, nullptr, nullptr, nullptr, nullptr};
 }
 
 FT_INLINE void copy_finite(const float* in, int64_t count, float* out) {
@@ -190,16 +232,21 @@ FT_INLINE void load_block(const Attention& args, const Sequence& s, int64_t j0, 
     using T = typename decltype(tag)::type;
     const T* k = row_of<T>(args, args.k, s, s.hk, s.k0, j0);
     const T* v = row_of<T>(args, args.v, s, s.hk, s.k0, j0);
-    bool k_finite = true, v_finite = true;
-    load_rows(k, args.k.row, count, D, 1.0f, &k_finite, block.k, block.ld, wants_v ? v : k, args.v.row);
-    block.k_safe = k_finite ? block.k : spare_k;
-    if (!k_finite) copy_finite(block.k, count * block.ld, spare_k);
-    if (wants_v) {
-      load_rows(v, args.v.row, count, D, 1.0f, &v_finite, block.v, block.ld, more ? k + kKeys * args.k.row : k,
-                args.k.row);
-      block.v_safe = v_finite ? block.v : spare_v;
-      if (!v_finite) copy_finite(block.v, count * block.ld, spare_v);
-    }
+    const auto rows_of = [&](const T* in, int64_t stride, float* copy, const T* next, int64_t next_stride, float* spare,
+                             const float*& rows, const float*& safe) {
+      bool finite = true;
+      rows = copy;
+      if constexpr (sizeof(T) == sizeof(float)) {
+        if (stride == block.ld && D == block.ld) rows = in, finite = all_finite(in, count * block.ld, next);
+      }
+      if (rows == copy) load_rows(in, stride, count, D, 1.0f, &finite, copy, block.ld, next, next_stride);
+      safe = finite ? rows : spare;
+      if (!finite) copy_finite(rows, count * block.ld, spare);
+    };
+    rows_of(k, args.k.row, block.k_rows, wants_v ? v : k, args.v.row, spare_k, block.k, block.k_safe);
+    if (wants_v)
+      rows_of(v, args.v.row, block.v_rows, more ? k + kKeys * args.k.row : k, args.k.row, spare_v, block.v,
+              block.v_safe);
   });
 }
 

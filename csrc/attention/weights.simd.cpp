@@ -23,7 +23,7 @@ int tile_weights(const AttentionWeights& args, const Sequence& s, const Tile& t,
     const Vec shift = load(lse + v * kWidth);
     for (int j = 0; j < count; ++j) {
       float* weight = weights + j * lanes + v * kWidth;
-      store(weight, exp(load(weight) - shift));
+      store(weight, exp2((load(weight) - shift) * kLog2E));
     }
   }
   if (args.dropout_p > 0.0f) {
@@ -41,8 +41,8 @@ void tile_rows(const AttentionWeights& args, const Sequence& s, int64_t index, f
   const Tile t = make_tile(args, s, Tiling(s.L), index);
   const int D = int(args.D), lanes = t.vecs * kWidth;
   const int64_t ld = row_floats(D);
-  KeyBlock block = make_block(scratch, D);
-  float *spare_k = block.k_safe, *spare_v = block.v_safe;
+  float *spare_k, *spare_v;
+  KeyBlock block = make_block(scratch, D, spare_k, spare_v);
   float* weights = scratch + block_floats(D);
   MaskTile& masks = *reinterpret_cast<MaskTile*>(weights + kTileFloats);
   float* q = weights + kTileFloats + kMaskTileFloats;
