@@ -121,6 +121,23 @@ def test_exp_at_its_edges(probe):
     assert bool(out.isnan().all())
 
 
+def test_the_relative_error_of_exp2(probe):
+    x = torch.cat([torch.linspace(-126, 126.9, 2**18), torch.linspace(-1e-3, 1e-3, 2**12), -torch.rand(2**12) * 20])
+    out = torch.empty(x.shape)
+    call(probe.probe_exp2, x, out, x.numel())
+    assert (out.double() / x.double().exp2() - 1).abs().max() < 1.75e-7  # half an ulp is up to 0.6e-7
+
+
+def test_exp2_at_its_edges(probe):
+    special = {0.0: 1.0, -1.0: 0.5, -126.0: 2.0**-126, -126.01: 0.0, -math.inf: 0.0, -1e30: 0.0, 3.0: 8.0}
+    x = torch.tensor([*special, *[0.0] * (-len(special) % 16)])
+    out = torch.empty(x.shape)
+    call(probe.probe_exp2, x, out, x.numel())
+    assert out[: len(special)].tolist() == list(special.values())
+    call(probe.probe_exp2, torch.full((16,), math.nan), out := torch.empty(16), 16)
+    assert bool(out.isnan().all())
+
+
 def test_a_vectors_sum(probe):
     width = probe.probe_width()
     x = torch.randn(1000, width)
