@@ -295,7 +295,7 @@ FT_INLINE Vec exp(Vec x) {
 
 constexpr float kLog2E = 1.44269504f;
 
-// 2^x for x below 127, relative error below 1.75e-7 (2^n times a degree-5 polynomial on |r| <= 1/2, fitted to the least
+// 2^x for x below 127, relative error below 2e-7 (2^n times a degree-5 polynomial on |r| <= 1/2, fitted to the least
 // relative error with exactly 1 at 0). Exactly 0 below -126, where float32's smallest numbers begin, and for -inf; NaN
 // stays NaN. exp(x) as exp2(x * kLog2E) takes 6 multiplications and multiply-adds where exp() takes 10, and is off by
 // up to |x| / 16 million more: nothing where the result is small because of that.
