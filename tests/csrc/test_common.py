@@ -125,7 +125,9 @@ def test_the_relative_error_of_exp2(probe):
     x = torch.cat([torch.linspace(-126, 126.9, 2**18), torch.linspace(-1e-3, 1e-3, 2**12), -torch.rand(2**12) * 20])
     out = torch.empty(x.shape)
     call(probe.probe_exp2, x, out, x.numel())
-    assert (out.double() / x.double().exp2() - 1).abs().max() < 2e-7  # 1.7e-7 where multiply-adds round once; half an ulp is up to 0.6e-7
+    assert (
+        out.double() / x.double().exp2() - 1
+    ).abs().max() < 2e-7  # 1.7e-7 where multiply-adds round once; half an ulp is up to 0.6e-7
 
 
 def test_exp2_at_its_edges(probe):
