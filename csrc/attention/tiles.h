@@ -4,8 +4,8 @@
 // A lane of a vector is a query: a tile is up to 3 vectors of queries (48 with AVX-512) beside a block of 64 keys, and
 // its scores are stored key by key. So the softmax runs down the keys with plain vertical instructions, keys and
 // values are broadcast one element at a time from where they lie, and nothing is padded in D or S. A chunk is up to 192
-// queries of one head that share each block of keys while it is in the caches: reading and converting a block takes as
-// long as two tiles' softmax (with 96 queries 15 % of the time at 512 keys on a Zen 3).
+// queries of one head that share each block of keys while it is in the caches: reading and converting a block took as
+// long as two tiles' softmax (with 96 queries 15 % of the time at 512 keys on a Zen 3; less where it isn't copied).
 
 #include "../common/simd.h"
 #include "../common/transpose.h"
