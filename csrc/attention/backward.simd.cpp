@@ -88,7 +88,7 @@ void step(const AttentionBackward& args, const Sequence& s, State& state, const 
     const Vec lse = load(state.lse + v * kWidth), delta = load(state.delta + v * kWidth);
     for (int j = 0; j < count; ++j) {
       const int at = j * lanes + v * kWidth;
-      const Vec score = load(weights + at), weight = exp2((score - lse) * kLog2E);
+      const Vec score = load(weights + at), weight = exp(score - lse);
       // a masked score's dP may be NaN, from a garbage value row: it must not meet its weight of 0
       const Vec dscore = weight * (load(dscores + at) - delta);
       store(dscores + at, score == splat(-kInf) ? Vec{} : dscore);

@@ -2,14 +2,14 @@
 //
 // A task is one chunk (up to 192 queries, in tiles) of one head. Each block of keys it can see is read once (16-bit
 // numbers and rows that lie apart as float32 into 2 x 16 KB), and for each tile: scores = K Q^T, mask, running maximum
-// and sum, then out += weights V. Per score that is 2 D multiply-adds and one power of 2, at D = 64 a tenth of the time:
-// the kernel is bound by the FMA units. Memory moved: q, k, v and out once per chunk.
+// and sum, then out += weights V. Per score that is 2 D multiply-adds and one power of 2, at D = 64 a tenth of the
+// time: the kernel is bound by the FMA units. Memory moved: q, k, v and out once per chunk.
 //
 // Outcome, as a share of multiply-adds alone in the same run (one thread of a Zen 3): 38 queries and keys 54 %, 64 65,
 // 128 72, 512 75 %. (With exp() 70 at 512; with the copies of k and v, of q before it is transposed, and a question for
 // each vector of out 58 at 64.) Of a large product's rate (2 threads of a Zen 5, a Xeon with AMX; before that): causal,
-// 512 keys 61 and 49 %, lengths of 26 to 128 48 and 41 %. What is missing at such lengths are lanes of a tile beyond the
-// last query (7 %), what a task does once, and the beginnings and ends of short products.
+// 512 keys 61 and 49 %, lengths of 26 to 128 48 and 41 %. What is missing at such lengths are lanes of a tile beyond
+// the last query (7 %), what a task does once, and the beginnings and ends of short products.
 
 #include <omp.h>
 
@@ -56,14 +56,14 @@ void step(const AttentionForward& args, const Sequence& s, State& state, const K
   for (int j = 0; j < count; ++j) {
     for (int v = 0; v < NV; ++v) {
       float* score = scores + j * lanes + v * kWidth;
-      const Vec weight = exp2((load(score) - shift[v]) * kLog2E);
+      const Vec weight = exp_shifted(load(score) - shift[v]);
       store(score, weight);
       sum[v] += weight;
     }
   }
   float decay[kLanes];
   for (int v = 0; v < NV; ++v) {
-    const Vec factor = exp2((before[v] - shift[v]) * kLog2E);
+    const Vec factor = exp_shifted(before[v] - shift[v]);
     store(decay + v * kWidth, factor);
     store(state.maximum + v * kWidth, maximum[v]);
     store(state.sum + v * kWidth, load(state.sum + v * kWidth) * factor + sum[v]);

@@ -23,7 +23,7 @@ int tile_weights(const AttentionWeights& args, const Sequence& s, const Tile& t,
     const Vec shift = load(lse + v * kWidth);
     for (int j = 0; j < count; ++j) {
       float* weight = weights + j * lanes + v * kWidth;
-      store(weight, exp2((load(weight) - shift) * kLog2E));
+      store(weight, exp(load(weight) - shift));
     }
   }
   if (args.dropout_p > 0.0f) {

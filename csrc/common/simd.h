@@ -293,31 +293,41 @@ FT_INLINE Vec exp(Vec x) {
   return x > high ? splat(kInf) : out;
 }
 
-constexpr float kLog2E = 1.44269504f;
-
-// 2^x for x below 127, relative error below 2e-7 (2^n times a degree-5 polynomial on |r| <= 1/2, fitted to the least
-// relative error with exactly 1 at 0). Exactly 0 below -126, where float32's smallest numbers begin, and for -inf; NaN
-// stays NaN. exp(x) as exp2(x * kLog2E) takes 6 multiplications and multiply-adds where exp() takes 10, and is off by
-// up to |x| / 16 million more: nothing where the result is small because of that.
-FT_INLINE Vec exp2(Vec x) {
+// e^x where a maximum was taken off x, so that it is below 88 and what is far below 0 is small beside other results:
+// relative error below 1.2e-7 + |x| / 7e7. Exactly 1 at 0; exactly 0 below -87.33 and for -inf; NaN stays NaN. 8
+// multiplications and multiply-adds where exp() takes 10: a multiply-add that rounds once makes r, 2^r is a polynomial
+// of degree 6 on |r| <= 1/2, fitted to the least relative error with exactly 1 at 0.
+FT_INLINE Vec exp_shifted(Vec x) {
+#if defined(__FMA__) || defined(__aarch64__)
+  const Vec by = splat(1.44269504f);
 #if defined(__AVX512F__)
-  const Vec n = (Vec)_mm512_maskz_roundscale_ps(0xffff, (__m512)x, 0);
+  const Vec n = (Vec)_mm512_maskz_roundscale_ps(0xffff, (__m512)(x * by), 0);
 #else
-  const Vec n = round_nearest(x);
+  const Vec n = round_nearest(x * by);
 #endif
-  const Vec r = x - n;
-  Vec p = splat(1.3264727177e-3f);
-  p = p * r + splat(9.6715126501e-3f);
-  p = p * r + splat(5.5507337433e-2f);
-  p = p * r + splat(2.4022242085e-1f);
-  p = p * r + splat(6.9314697760e-1f);
+#if defined(__AVX512F__)
+  const Vec r = (Vec)_mm512_fmsub_ps((__m512)x, (__m512)by, (__m512)n);
+#elif defined(__aarch64__)
+  const Vec r = (Vec)vfmaq_f32((float32x4_t)-n, (float32x4_t)x, (float32x4_t)by);
+#else
+  const Vec r = (Vec)_mm256_fmsub_ps((__m256)x, (__m256)by, (__m256)n);
+#endif
+  Vec p = splat(1.5353361628e-4f);
+  p = p * r + splat(1.3398874417e-3f);
+  p = p * r + splat(9.6184373588e-3f);
+  p = p * r + splat(5.5503324711e-2f);
+  p = p * r + splat(2.4022647914e-1f);
+  p = p * r + splat(6.9314720286e-1f);
   p = p * r + splat(1.0f);
 #if defined(__AVX512F__)
   const Vec out = (Vec)_mm512_maskz_scalef_ps(0xffff, (__m512)p, (__m512)n);
 #else
   const Vec out = (Vec)((UVec)p + ((UVec) __builtin_convertvector(n, IVec) << 23));
 #endif
-  return x < splat(-126.0f) ? Vec{} : out;
+  return x < splat(-87.33f) ? Vec{} : out;
+#else  // without such a multiply-add r would be off by what n is long
+  return exp(x);
+#endif
 }
 
 }  // namespace fused::cpu::FT_ISA

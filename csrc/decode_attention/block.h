@@ -152,11 +152,11 @@ struct Softmax {
     const Vec shift = splat(maximum == -kInf ? 0.0f : maximum);
     Vec total{};
     for (int v = 0; v < vectors; ++v) {
-      const Vec weight = exp2((load(scores + v * kWidth) - shift) * kLog2E);
+      const Vec weight = exp_shifted(load(scores + v * kWidth) - shift);
       store(scores + v * kWidth, weight);
       total += weight;
     }
-    const float decay = exp2((splat(before) - shift) * kLog2E)[0];
+    const float decay = exp_shifted(splat(before) - shift)[0];
     sum = sum * decay + reduce_sum(total);
     return decay;
   }

@@ -204,7 +204,7 @@ void merge(const DecodeAttention& args, int64_t b, int64_t h, int64_t i) {
   for (int d = 0; d < D; d += kWidth) store(sums + d, Vec{});
   for (int64_t s = 0; s < splits; ++s) {
     const float* from = part(args, b, h, i, s);
-    const Vec factor = exp2((splat(from[width]) - shift) * kLog2E);
+    const Vec factor = exp_shifted(splat(from[width]) - shift);
     for (int d = 0; d < D; d += kWidth) store(sums + d, load(sums + d) + load(from + d) * factor);
     total.sum += from[width + 1] * factor[0];
   }

@@ -84,9 +84,9 @@ void row(const LogSoftmaxTopK& args, int64_t r) {
     Vec sum{};  // of the block alone: its rounding errors don't grow with the row
     int64_t col = first;
 #pragma GCC unroll 4
-    for (; col + kWidth <= stop; col += kWidth) sum += exp2((load(x + col) - shift) * kLog2E);
-    if (col < stop) sum += exp2((logits_at(x + col, stop - col) - shift) * kLog2E);
-    total = total * exp2((splat(before) - shift) * kLog2E) + sum;
+    for (; col + kWidth <= stop; col += kWidth) sum += exp_shifted(load(x + col) - shift);
+    if (col < stop) sum += exp_shifted(logits_at(x + col, stop - col) - shift);
+    total = total * exp_shifted(splat(before) - shift) + sum;
   }
 
   const float sum = reduce_sum(total), log_sum = __builtin_logf(sum), shift = maximum == -kInf ? 0.0f : maximum;

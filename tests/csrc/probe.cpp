@@ -45,8 +45,8 @@ void probe_scalar_f32_to_bf16(const float* in, bf16* out, int64_t count) { conve
 void probe_exp(const float* in, float* out, int64_t count) {
   for (int64_t i = 0; i < count; i += kWidth) store(out + i, exp(load(in + i)));
 }
-void probe_exp2(const float* in, float* out, int64_t count) {
-  for (int64_t i = 0; i < count; i += kWidth) store(out + i, exp2(load(in + i)));
+void probe_exp_shifted(const float* in, float* out, int64_t count) {
+  for (int64_t i = 0; i < count; i += kWidth) store(out + i, exp_shifted(load(in + i)));
 }
 
 void probe_reduce_sum(const float* in, float* out, int64_t count) {

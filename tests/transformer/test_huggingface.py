@@ -174,6 +174,11 @@ def test_logits_and_gradients_are_eagers(make, padded):
         # keys, which then spreads.
         exact, naive = run("sdpa", torch.float64), run("eager", torch.float32)
     assert calls == []
+    # Softmax does not see what is added to all keys: the gradient of such a bias is what rounding leaves of 0, in each
+    # implementation by chance more or less.
+    for name in [name for name, x in exact.items() if x.abs().max() < 1e-12]:
+        del exact[name], naive[name]
+        assert got.pop(name).abs().max() < 2e-6
     assert_matches(got, exact, naive, factor=4, ulps=16)
 
 
