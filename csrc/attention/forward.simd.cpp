@@ -2,8 +2,8 @@
 //
 // A task is one chunk (up to 192 queries, in tiles) of one head. Each block of keys it can see is read once (16-bit
 // numbers and rows that lie apart as float32 into 2 x 16 KB), and for each tile: scores = K Q^T, mask, running maximum
-// and sum, then out += weights V. Per score that is 2 D multiply-adds and one power of 2, at D = 64 a tenth of the
-// time: the kernel is bound by the FMA units. Memory moved: q, k, v and out once per chunk.
+// and sum, then out += weights V. Per score that is 2 D multiply-adds and one exp_shifted(), at D = 64 and 512 keys an
+// eighth of the time: the kernel is bound by the FMA units. Memory moved: q, k, v and out once per chunk.
 //
 // Outcome, as a share of multiply-adds alone in the same run (one thread of a Zen 3): 38 queries and keys 54 %, 64 65,
 // 128 72, 512 75 %. (With exp() 70 at 512; with the copies of k and v, of q before it is transposed, and a question for
