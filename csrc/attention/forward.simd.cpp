@@ -5,11 +5,11 @@
 // and sum, then out += weights V. Per score that is 2 D multiply-adds and one exp_shifted(), at D = 64 and 512 keys an
 // eighth of the time: the kernel is bound by the FMA units. Memory moved: q, k, v and out once per chunk.
 //
-// Outcome, as a share of multiply-adds alone in the same run (one thread of a Zen 3): 38 queries and keys 54 %, 64 65,
-// 128 72, 512 75 %. (With exp() 70 at 512; with the copies of k and v, of q before it is transposed, and a question for
-// each vector of out 58 at 64.) Of a large product's rate (2 threads of a Zen 5, a Xeon with AMX; before that): causal,
-// 512 keys 61 and 49 %, lengths of 26 to 128 48 and 41 %. What is missing at such lengths are lanes of a tile beyond
-// the last query (7 %), what a task does once, and the beginnings and ends of short products.
+// Outcome, as a share of multiply-adds alone in the same run, one thread of a Zen 3: beside another guest on its core
+// 38 queries and keys 40 %, 64 51, 128 53, 512 63 %; left alone, and with an exponential of two multiply-adds less, 54,
+// 65, 72 and 75 %. Of a large product's rate (2 threads of a Zen 5, a Xeon with AMX; before exp_shifted and reading in
+// place): causal, 512 keys 61 and 49 %, lengths of 26 to 128 48 and 41 %. What is missing at such lengths are lanes of
+// a tile beyond the last query (7 %), what a task does once, and the beginnings and ends of short products.
 
 #include <omp.h>
 
