@@ -263,6 +263,16 @@ FT_INLINE Vec round_nearest(Vec x) {  // for |x| < 2^22
 #endif
 }
 
+// 2^n p for whole n and p from 2^-1 to 2. Where n is beyond float32's exponents, or NaN, it means nothing.
+FT_INLINE Vec times_power_of_2(Vec p, Vec n) {
+#if defined(__AVX512F__)
+  return (Vec)_mm512_maskz_scalef_ps(0xffff, (__m512)p, (__m512)n);
+#else
+  // n onto the exponent of p: where n is 128, p is below 1.
+  return (Vec)((UVec)p + ((UVec) __builtin_convertvector(n, IVec) << 23));
+#endif
+}
+
 // e^x, relative error below 2 ulp (2^n times a degree-6 polynomial on |r| <= ln(2)/2, Cephes coefficients).
 // Exactly 1 at 0; exactly 0 below -87.33, where float32's smallest numbers begin, and for -inf; +inf above 88.7228; NaN
 // stays NaN.
@@ -282,14 +292,7 @@ FT_INLINE Vec exp(Vec x) {
   p = p * r + splat(1.6666665459e-1f);
   p = p * r + splat(5.0000001201e-1f);
   p = p * (r * r) + r + splat(1.0f);
-#if defined(__AVX512F__)
-  Vec out = (Vec)_mm512_maskz_scalef_ps(0xffff, (__m512)p, (__m512)n);
-#else
-  // n onto the exponent of p, which is 2^-1 or 2^0: where n is 128, p is below 1. Where x is outside [low, high] n is
-  // meaningless, and what it gives is not used.
-  Vec out = (Vec)((UVec)p + ((UVec) __builtin_convertvector(n, IVec) << 23));
-#endif
-  out = x < low ? Vec{} : out;
+  const Vec out = x < low ? Vec{} : times_power_of_2(p, n);
   return x > high ? splat(kInf) : out;
 }
 
@@ -302,15 +305,14 @@ FT_INLINE Vec exp_shifted(Vec x) {
   const Vec by = splat(1.44269504f);
 #if defined(__AVX512F__)
   const Vec n = (Vec)_mm512_maskz_roundscale_ps(0xffff, (__m512)(x * by), 0);
+  const Vec r = (Vec)_mm512_fmsub_ps((__m512)x, (__m512)by, (__m512)n);
 #else
   const Vec n = round_nearest(x * by);
-#endif
-#if defined(__AVX512F__)
-  const Vec r = (Vec)_mm512_fmsub_ps((__m512)x, (__m512)by, (__m512)n);
-#elif defined(__aarch64__)
+#if defined(__aarch64__)
   const Vec r = (Vec)vfmaq_f32((float32x4_t)-n, (float32x4_t)x, (float32x4_t)by);
 #else
   const Vec r = (Vec)_mm256_fmsub_ps((__m256)x, (__m256)by, (__m256)n);
+#endif
 #endif
   Vec p = splat(1.5353361628e-4f);
   p = p * r + splat(1.3398874417e-3f);
@@ -319,12 +321,7 @@ FT_INLINE Vec exp_shifted(Vec x) {
   p = p * r + splat(2.4022647914e-1f);
   p = p * r + splat(6.9314720286e-1f);
   p = p * r + splat(1.0f);
-#if defined(__AVX512F__)
-  const Vec out = (Vec)_mm512_maskz_scalef_ps(0xffff, (__m512)p, (__m512)n);
-#else
-  const Vec out = (Vec)((UVec)p + ((UVec) __builtin_convertvector(n, IVec) << 23));
-#endif
-  return x < splat(-87.33f) ? Vec{} : out;
+  return x < splat(-87.33f) ? Vec{} : times_power_of_2(p, n);
 #else  // without such a multiply-add r would be off by what n is long
   return exp(x);
 #endif
