@@ -69,7 +69,7 @@ sanitize-cuda: $(VENV)/.native  ## the CUDA kernels' tests in the emulator under
 	$(RUN) -m tests.csrc.sanitized tsan -n 4
 
 clean:  ## all that make made
-	rm -rf $(VENV) build dist *.egg-info kernels/_C.*.so .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) build dist *.egg-info kernels/_C.*.so kernels/_torch.*.so .pytest_cache .mypy_cache .ruff_cache
 
 # Stamps: a second run does only what an edit made necessary.
 $(VENV)/.tools: pyproject.toml constraints.txt _build/requirements.py

@@ -1,4 +1,4 @@
-"""Packages are found on disk, _build/native.py compiles fused_transformer.kernels._C: a new op needs no edit here."""
+"""Packages are found on disk, _build/native.py compiles the extension: a new op needs no edit here."""
 
 import sys
 from pathlib import Path
@@ -28,6 +28,9 @@ setup(
     packages=list(packages()),
     package_dir={name: folder for folder, name in FOLDERS.items()},
     package_data={"fused_transformer": ["py.typed"], "fused_transformer.show": ["heads.html", "heads.css", "heads.js"]},
-    ext_modules=[Extension("fused_transformer.kernels._C", [])],
+    ext_modules=[
+        Extension("fused_transformer.kernels._C", []),
+        Extension("fused_transformer.kernels._torch", [], optional=True),
+    ],
     cmdclass={"build_ext": BuildNative},
 )

@@ -1,4 +1,5 @@
-"""Compiles csrc/ into one extension module, with neither torch nor a build system beside setuptools.
+"""Compiles csrc/ into an extension module, with neither torch nor a build system beside setuptools; and csrc/with_torch
+into a second one, where torch is installed.
 
 Which files, and how often each:
 
@@ -8,6 +9,7 @@ Which files, and how often each:
     bind*.cpp     once; these alone see the headers of Python, pybind11 and CUDA, and FUSED_WITH_CUDA where it is built
     *.cpp         once
     *.cu          by nvcc, for every architecture asked for; beside the object a .log of what ptxas said of each kernel
+    with_torch/   once, with torch's headers, for the module `_torch`; where that fails the package does without
     *_sm90.cu     by nvcc, for sm_90a alone (wgmma and TMA exist nowhere else); FT_WITH_SM90 says they are there
 
 Objects are kept in build/objects under a hash of all that went into them, so an install after an edit compiles
@@ -28,15 +30,18 @@ import sysconfig
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 
 import cuda_toolkit
 import settings
+import with_torch
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError, LinkError, PlatformError
 
 ROOT = settings.ROOT
 CSRC = ROOT / "csrc"
+WITH_TORCH = CSRC / "with_torch"
 
 # baseline is what the compiler assumes unasked: SSE2 on x86-64, NEON on aarch64.
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
@@ -50,13 +55,6 @@ EXTENSIONS = {
 WARNINGS = ["-Wall", "-Wextra"]
 HOST_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", *WARNINGS]
 CPU_FLAGS = ["-fopenmp", "-ffp-contract=fast", "-fno-math-errno"]
-TRY_IMPORT = """
-import sys
-from importlib.machinery import ExtensionFileLoader
-from importlib.util import module_from_spec, spec_from_loader
-loader = ExtensionFileLoader("_C", sys.argv[1])
-loader.exec_module(module_from_spec(spec_from_loader("_C", loader)))
-"""
 KEPT_PER_SOURCE = 8  # objects of earlier edits and other flags, before the oldest is deleted
 
 
@@ -134,6 +132,9 @@ class BuildNative(build_ext):
     """build_ext that makes csrc/ into the one extension of this package."""
 
     def build_extension(self, ext) -> None:
+        if ext.name.endswith("._torch"):
+            self._link_with_torch(ext)
+            return
         if sys.platform != "linux":
             raise PlatformError(f"fused-transformer compiles on Linux (x86-64 and aarch64), not on {sys.platform}")
         try:
@@ -146,8 +147,11 @@ class BuildNative(build_ext):
         settings.objects_folder().mkdir(parents=True, exist_ok=True)
 
         jobs = [*self._cpu_jobs(), *self._cuda_jobs()]
+        self.torch = with_torch.find_torch() if with_torch.wanted() != "0" else "FUSED_TRANSFORMER_NODES=0 asks for none"
         self._say_plan()
         with ThreadPoolExecutor(settings.max_jobs()) as pool:
+            # first, since it takes longest
+            self.nodes = None if isinstance(self.torch, str) else pool.submit(self._compile_with_torch)
             list(pool.map(Job.run, jobs))
         output = Path(self.get_ext_fullpath(ext.name)).resolve()
         self._link(jobs, output)
@@ -182,6 +186,8 @@ class BuildNative(build_ext):
         cuda = [f'-DFT_CUDA_ARCHS="{";".join(self.archs)}"', "-DFUSED_WITH_CUDA"] if self.toolkit else []
         cuda += ["-DFT_WITH_SM90"] if "sm_90a" in self.archs else []
         for source in sorted(CSRC.rglob("*.cpp")):
+            if source.parent == WITH_TORCH:
+                continue
             if source.name.endswith(".simd.cpp"):
                 for name, isa_flags in instruction_sets.items():
                     yield self._cpu_job(source, name, [*flags, f"-DFT_ISA={name}", *isa_flags])
@@ -231,18 +237,45 @@ class BuildNative(build_ext):
                 command = [str(self.toolkit.nvcc), *flags, *arch_flags, f"-I{CSRC}"]
                 yield Job(source, "", command, identity, keeps_log=True)
 
+    def _compile_with_torch(self) -> Job:
+        flags = [*HOST_FLAGS, f'-DFT_TORCH_VERSION="{self.torch.version}"', *shlex.split(os.environ.get("CXXFLAGS", ""))]
+        versions = [f"torch {self.torch.version}", f"Python {sys.version} {sysconfig.get_platform()}"]
+        folders = [*self.torch.includes, sysconfig.get_paths()["include"]]
+        job = self._cpu_job(WITH_TORCH / "module.cpp", "", flags, versions, folders)
+        job.run()
+        return job
+
+    def _link_with_torch(self, ext) -> None:
+        """A package without it is slower where calls are small and no less right, so what fails here is only said."""
+        output = Path(self.get_ext_fullpath(ext.name)).resolve()
+        try:
+            if self.nodes is None:
+                raise CompileError(str(self.torch))
+            job = self.nodes.result()
+            self._make([str(job.target), *self.torch.link_flags], output, "import torch; ")
+            self._prune([job])
+        except (CompileError, LinkError) as error:
+            output.unlink(missing_ok=True)  # of an earlier build
+            if with_torch.wanted() == "1":
+                raise
+            print(f"fused-transformer: NO AUTOGRAD NODES: {error}; small calls with gradients go through Python")
+            return
+        print(f"linked {output.name} with torch {self.torch.version}, {output.stat().st_size / 1e6:.2f} MB", flush=True)
+
     def _link(self, jobs: list[Job], output: Path) -> None:
         # Baseline objects first: of an inline function that several objects carry the linker keeps the first, and
         # one compiled with AVX flags must not be the one that a processor without AVX runs.
         objects = [str(job.target) for job in sorted(jobs, key=lambda job: job.label.startswith("avx"))]
-        user = shlex.split(os.environ.get("LDFLAGS", ""))
-        command = [*self.compiler_command, "-shared", "-fopenmp", *user, *objects]
-        if "-g" not in shlex.split(os.environ.get("CXXFLAGS", "")):
-            command.append("-s")
         if self.toolkit:
             # By g++ and with the static runtime's full path: nvcc's own link line looks for a lib64 that the
             # wheels do not have. Its symbols stay inside, since torch may bring another cudart.
-            command += [str(self.toolkit.cudart), "-ldl", "-lrt", "-lpthread"]
+            objects += [str(self.toolkit.cudart), "-ldl", "-lrt", "-lpthread"]
+        self._make(["-fopenmp", *objects], output)
+
+    def _make(self, linked: list[str], output: Path, before_import: str = "") -> None:
+        command = [*self.compiler_command, "-shared", *shlex.split(os.environ.get("LDFLAGS", "")), *linked]
+        if "-g" not in shlex.split(os.environ.get("CXXFLAGS", "")):
+            command.append("-s")
         output.parent.mkdir(parents=True, exist_ok=True)
         # A new file, not the old one rewritten: a process that has the old one loaded keeps it.
         part = output.with_name(f"{output.name}.{os.getpid()}.part")
@@ -250,17 +283,17 @@ class BuildNative(build_ext):
         if subprocess.run(command, check=False).returncode:
             part.unlink(missing_ok=True)
             raise LinkError(f"{output.name} did not link")
-        self._try_import(part)
+        self._try_import(part, output.name.partition(".")[0], before_import)
         part.replace(output)
 
-    def _try_import(self, extension: Path) -> None:
+    def _try_import(self, extension: Path, name: str, before: str) -> None:
         """A symbol that no source defines shows only now, and is better told here than at the user's first import."""
         if self._machine() != platform.machine() or "-fsanitize" in os.environ.get("LDFLAGS", ""):
             return  # for another machine, or waiting for a runtime that must be loaded first
-        loader = (
-            "from importlib.machinery import ExtensionFileLoader as L; import sys; L('_C', sys.argv[1]).load_module()"
-        )
-        command = [sys.executable, "-W", "ignore", "-c", loader, str(extension)]
+        loader = "from importlib.machinery import ExtensionFileLoader as L; import sys; L(*sys.argv[1:]).load_module()"
+        # for torch, -I: past a build environment of pip's own, as in with_torch.py
+        alone = ["-I"] if before and find_spec("torch") is None else []
+        command = [sys.executable, *alone, "-W", "ignore", "-c", before + loader, name, str(extension)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             extension.unlink()

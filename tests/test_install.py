@@ -30,6 +30,11 @@ with use_backend("cpu"):
     torch.testing.assert_close(attention(q, k, v, causal="top_left"), expected)
 print(fused_transformer.__file__)
 """
+NODE = """
+import torch
+from fused_transformer.kernels import _node, layer_norm
+print(layer_norm(torch.randn(3, 8, requires_grad=True)).grad_fn.name(), _node.WHY_NONE)
+"""
 
 
 def run(*command, cwd=None, check=True, **environment) -> str:
@@ -57,16 +62,19 @@ def wheel(tmp_path_factory) -> Path:
     return path
 
 
-@pytest.fixture(scope="module")
-def installed(wheel, tmp_path_factory) -> Path:
+def environment(home: Path, wheel: Path) -> Path:
     """The Python of an environment that holds the wheel, and sees the torch of this one."""
-    home = tmp_path_factory.mktemp("fresh")
     venv.create(home, with_pip=False)
     (site,) = home.glob("lib/python3*/site-packages")
     (site / "torch_of_the_tests.pth").write_text(f"{Path(torch.__file__).parents[1]}\n")
     python = home / "bin" / "python"
     run(sys.executable, "-m", "pip", "--python", python, "install", "--no-index", "--no-deps", wheel)
     return python
+
+
+@pytest.fixture(scope="module")
+def installed(wheel, tmp_path_factory) -> Path:
+    return environment(tmp_path_factory.mktemp("fresh"), wheel)
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +97,7 @@ def test_the_wheel_holds_every_module_and_no_source(wheel):
     data = {"fused_transformer/py.typed", *(f"fused_transformer/show/heads.{kind}" for kind in ("html", "css", "js"))}
     assert data <= names, data - names
     rest = {name for name in names - modules - data if ".dist-info/" not in name}
-    assert [name.split(".")[0] for name in rest] == ["fused_transformer/kernels/_C"]
+    assert sorted(name.split(".")[0] for name in rest) == [f"fused_transformer/kernels/{x}" for x in ("_C", "_torch")]
 
 
 def test_the_wheel_runs_in_an_environment_of_its_own(installed, tmp_path):
@@ -115,6 +123,22 @@ def test_the_extension_shows_its_init_function_and_nothing_else(installed):
     (extension,) = installed.parents[1].glob("lib/python3*/site-packages/fused_transformer/kernels/_C.*.so")
     exported = [line.split()[-1] for line in run("nm", "-D", "--defined-only", extension).splitlines()]
     assert exported == ["PyInit__C"]
+
+
+def test_nodes_are_of_the_torch_that_is_there(installed, tmp_path):
+    (module,) = installed.parents[1].glob("lib/python3*/site-packages/fused_transformer/kernels/_torch.*.so")
+    exported = [line.split()[-1] for line in run("nm", "-D", "--defined-only", module).splitlines()]
+    assert exported == ["PyInit__torch"]
+    assert run(installed, "-c", NODE, cwd=tmp_path).split() == ["FusedLayerNormBackward", "None"]
+
+
+def test_a_wheel_without_nodes_runs_by_way_of_python(tmp_path):
+    printed = build_wheel(ROOT, tmp_path, FUSED_TRANSFORMER_NODES="0", FUSED_TRANSFORMER_CUDA="0")
+    assert "NO AUTOGRAD NODES: FUSED_TRANSFORMER_NODES=0 asks for none" in printed
+    (path,) = tmp_path.glob("*.whl")
+    assert not any("/_torch" in name for name in names_in(path))
+    printed = run(environment(tmp_path / "home", path), "-c", NODE, cwd=tmp_path)
+    assert printed.split(maxsplit=1) == ["_LayerNormBackward", "the install compiled none, and said why\n"]
 
 
 def test_the_sdist_holds_all_that_the_build_needs(sdist):

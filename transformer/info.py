@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import torch
 
-from fused_transformer.kernels import BACKENDS, OPS, _direct, _native, matmul
+from fused_transformer.kernels import BACKENDS, OPS, _direct, _native, _node, matmul
 
 GPU_BACKENDS = ("cuda", "triton")
 
@@ -32,6 +32,7 @@ def report() -> str:
         "machine": _machine(),
         "cpu kernels": _cpu(),
         "direct calls": "yes" if _direct.WHY_NONE is None else f"no: {_direct.WHY_NONE}",
+        "autograd nodes": "in C++" if _node.WHY_NONE is None else f"in Python: {_node.WHY_NONE}",
         "products": _products(),
         "cuda kernels": _cuda(),
         "cuda device": _device(),

@@ -177,16 +177,18 @@ Rows statistics(const Attention& args, bool packed, float* data, int64_t each = 
   return {data, args.H * args.L * each, args.L * each, each};
 }
 
-// (..., wants_lse), after what `parse` takes. Returns out, or (out, lse), which is what the backward pass asks for too.
+// (..., wants_lse, Keep), after what `parse` takes. Returns out, or (out, lse), which is what the backward pass asks
+// for too.
 PyObject* attention(PyObject* const* arguments) {
   Inputs in;
   AttentionForward args;
   if (!parse(arguments, in, args) || !ready() || !autocast_keeps(arguments[0])) return nullptr;
-  if (in.differentiated) return Py_NewRef(Py_True);
+  const Keep asked = direct::keep(arguments[kInputs + 1]);
+  if (in.differentiated && (asked != Keep::if_wanted || in.drop.lacks_seed())) return Py_NewRef(Py_True);
   if (in.drop.lacks_seed()) return nullptr;
 
   const View& q = in.q;
-  const bool wants_lse = arguments[kInputs] == Py_True;
+  const bool wants_lse = in.differentiated || asked == Keep::yes || arguments[kInputs] == Py_True;
   Output out = empty_like(arguments[0], false);
   const Output lse = wants_lse ? empty(arguments[0], q.shape, q.ndim - 1, Element::f32) : no_output();
   if (!out.view.dense_last()) return nullptr;  // q overlaps itself
@@ -202,6 +204,7 @@ PyObject* attention(PyObject* const* arguments) {
   } else {
     forward_on_cuda(q, args);
   }
+  if (in.differentiated) return list({out.tensor.get(), lse.tensor.get()});
   return wants_lse ? tuple({out.tensor.get(), lse.tensor.get()}) : out.tensor.release();
 }
 
@@ -255,7 +258,7 @@ PyObject* backward(PyObject* const* arguments) {
 }  // namespace
 
 void add_attention(PyObject* module) {
-  add(module, "attention_direct", &attention, kInputs + 1);
+  add(module, "attention_direct", &attention, kInputs + 2);
   add(module, "attention_backward_direct", &backward, kInputs + 3);
   add(module, "attention_direct_hopper", &use_hopper, 1);
 }

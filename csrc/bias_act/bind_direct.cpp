@@ -24,7 +24,7 @@ bool fits(const View& bias, const View& x) {
 
 bool is_rows(const View& x) { return x.floating() && x.ndim >= 1 && x.count() > 0 && x.contiguous(); }
 
-// (x, bias, seed, activation, dropout_p): as kernels/bias_act has them.
+// (x, bias, seed, activation, dropout_p, Keep): as kernels/bias_act has them; y is all that is kept.
 PyObject* bias_act(PyObject* const* arguments) {
   View x, bias;
   Dropout drop;
@@ -34,7 +34,7 @@ PyObject* bias_act(PyObject* const* arguments) {
       !activation(arguments[3], args.activation) || !dropout(arguments[4], arguments[2], drop))
     return nullptr;
   if (!together({&x, &bias, &drop.seed}) || !is_rows(x) || (bias.given() && !fits(bias, x)) || !ready()) return nullptr;
-  if (differentiated) return Py_NewRef(Py_True);
+  if (differentiated && (keep(arguments[5]) != Keep::if_wanted || drop.lacks_seed())) return Py_NewRef(Py_True);
   if (drop.lacks_seed()) return nullptr;
 
   Output y = empty_like(arguments[0], true);
@@ -43,7 +43,7 @@ PyObject* bias_act(PyObject* const* arguments) {
   args.dropout_threshold = drop.threshold(), args.dropout_scale = drop.scale();
   args.dtype = x.dtype(), args.bias_dtype = bias.given() ? bias.dtype() : args.dtype;
   run(x, args, &cpu::bias_act_forward, FT_CUDA_KERNEL(bias_act_forward));
-  return y.tensor.release();
+  return differentiated ? list({y.tensor.get()}) : y.tensor.release();
 }
 
 // (dy, saved, bias, seed, activation, dropout_p, wanted): what the forward pass saved, y of ReLU and else x; and
@@ -86,7 +86,7 @@ PyObject* backward(PyObject* const* arguments) {
 }  // namespace
 
 void add_bias_act(PyObject* module) {
-  add(module, "bias_act_direct", &bias_act, 5);
+  add(module, "bias_act_direct", &bias_act, 6);
   add(module, "bias_act_backward_direct", &backward, 7);
 }
 

@@ -7,11 +7,13 @@
 // the caller goes the long way round as if nothing had been tried: that knows all cases and says what is wrong with an
 // argument. So there is one source of errors, and a direct call may refuse whatever would be tedious to look at here.
 //
-// Where a gradient is wanted it returns True: autograd must see the call, and the op's autograd.Function makes it
-// again, now keeping what the backward pass will ask for. That pass is a direct call as well (<op>_backward_direct).
+// Where a gradient is wanted autograd must see the call. Either it returns at once what the backward pass will ask for
+// too, and Python hangs a node of torch's C++ on its results (with_torch/); or it returns True, and the op's
+// autograd.Function makes it again, keeping that. The backward pass is a direct call as well (<op>_backward_direct).
 //
 // Tensors are read through the table of C functions that torch exports for this (DLPack's exchange API, torch 2.10 and
-// later): a few tens of ns for a tensor, no header and no library of torch's. Without it no call is direct.
+// later): a few tens of ns for a tensor, no header and no library of torch's. Without it no call is direct. What was
+// compiled with torch's headers is used where it is there, and is quicker (bind_torch_functions.h).
 
 #include <Python.h>
 
@@ -69,6 +71,11 @@ bool view_or_absent(PyObject* tensor, View& out, bool* wanted = nullptr);
 // Whether all that are given are where the first is; and if that is a CUDA device, whether it is the current one.
 bool together(std::initializer_list<const View*> views);
 
+// What is asked of a call beside its results: nothing; what the backward pass will ask for; or the latter if a gradient
+// is wanted, and then in a list.
+enum class Keep { no, yes, if_wanted };
+Keep keep(PyObject* argument);  // False, True, None
+
 // A number that Python holds as int or float.
 bool number(PyObject* object, double& out);
 bool integer(PyObject* object, int64_t& out);  // int alone, and not bool
@@ -108,7 +115,8 @@ inline Output no_output() { return {Ref(nullptr), View{}}; }
 Output given(PyObject* tensor);                           // what an argument is, to be written into
 Output empty_like(PyObject* tensor, bool contiguous);     // else with its strides, as torch.empty_like
 PyObject* tuple(std::initializer_list<PyObject*> items);  // of borrowed references; nullptr stands for None
-Output sum(PyObject* tensor);                             // torch's own, whose rounding the long way has too
+PyObject* list(std::initializer_list<PyObject*> items);
+Output sum(PyObject* tensor);  // torch's own, whose rounding the long way has too
 Output empty(PyObject* like, const int64_t* shape, int ndim,
              Element element);  // f32 or i64; other: the dtype of `like`
 

@@ -114,6 +114,11 @@ bool view(PyObject* tensor, View& out, bool* wanted) {
   if (type != torch.tensor && type != torch.parameter) return false;
   if (!memory_of(tensor, out)) return false;
   if (out.element > Element::bf16) return true;  // no gradient
+  if (torch.functions != nullptr) {
+    if (!torch.functions->wants_gradient(tensor)) return true;
+    if (wanted != nullptr) *wanted = true;
+    return wanted != nullptr;
+  }
   if (!truth(torch.grad_enabled)) return true;
   const Ref required(PyObject_GetAttr(tensor, names.requires_grad));
   if (required.get() == nullptr) throw PythonError{};  // a Ctrl-C, say
@@ -157,6 +162,10 @@ bool together(std::initializer_list<const View*> views) {
   const long current = PyLong_AsLong(number.get());
   if (PyErr_Occurred()) throw PythonError{};
   return current == device;
+}
+
+Keep keep(PyObject* argument) {
+  return argument == Py_True ? Keep::yes : argument == Py_None ? Keep::if_wanted : Keep::no;
 }
 
 bool number(PyObject* object, double& out) {

@@ -53,6 +53,7 @@ Output empty_like(PyObject* tensor, bool contiguous) {
     PyObject* arguments[3] = {nullptr, tensor, contiguous ? Py_True : Py_False};
     return taken(PyObject_Vectorcall(torch.large_like, arguments + 1, 2 | PY_VECTORCALL_ARGUMENTS_OFFSET, nullptr));
   }
+  if (torch.functions != nullptr) return taken(torch.functions->empty_like(tensor, contiguous));
   PyObject* arguments[3] = {nullptr, tensor, torch.contiguous_format};
   constexpr size_t one = 1 | PY_VECTORCALL_ARGUMENTS_OFFSET;
   PyObject* keywords = contiguous ? names.with_format : nullptr;
@@ -60,15 +61,21 @@ Output empty_like(PyObject* tensor, bool contiguous) {
 }
 
 Output empty(PyObject* like, const int64_t* shape, int ndim, Element element) {
-  const Ref sizes(numbers(shape, ndim));
   int64_t count = 1;
   for (int i = 0; i < ndim; ++i) count *= shape[i];
   View x;
   if (count >= kLargeBytes / kMostBytes && memory_of(like, x) && x.on_cpu()) {
+    const Ref sizes(numbers(shape, ndim));
     PyObject* const dtype = element == Element::f32 ? torch.float32 : element == Element::i64 ? torch.int64 : Py_None;
     PyObject* arguments[4] = {nullptr, like, sizes.get(), dtype};
     return taken(PyObject_Vectorcall(torch.large, arguments + 1, 3 | PY_VECTORCALL_ARGUMENTS_OFFSET, nullptr));
   }
+  if (torch.functions != nullptr) {
+    using Type = TorchFunctions::Type;
+    const Type type = element == Element::f32 ? Type::f32 : element == Element::i64 ? Type::i64 : Type::same;
+    return taken(torch.functions->empty(like, shape, ndim, type));
+  }
+  const Ref sizes(numbers(shape, ndim));
   PyObject* keywords = element == Element::f32 || element == Element::i64 ? names.with_dtype : nullptr;
   PyObject* arguments[4] = {nullptr, like, sizes.get(), element == Element::i64 ? torch.int64 : torch.float32};
   constexpr size_t two = 2 | PY_VECTORCALL_ARGUMENTS_OFFSET;
@@ -86,6 +93,14 @@ PyObject* tuple(std::initializer_list<PyObject*> items) {
   if (all == nullptr) throw PythonError{};
   Py_ssize_t i = 0;
   for (PyObject* item : items) PyTuple_SET_ITEM(all, i++, Py_NewRef(item == nullptr ? Py_None : item));
+  return all;
+}
+
+PyObject* list(std::initializer_list<PyObject*> items) {
+  PyObject* all = PyList_New(Py_ssize_t(items.size()));
+  if (all == nullptr) throw PythonError{};
+  Py_ssize_t i = 0;
+  for (PyObject* item : items) PyList_SET_ITEM(all, i++, Py_NewRef(item == nullptr ? Py_None : item));
   return all;
 }
 

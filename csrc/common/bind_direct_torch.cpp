@@ -68,12 +68,24 @@ PyObject* connect(PyObject*, PyObject* arguments) {
   names.with_dtype = PyTuple_Pack(1, names.dtype);
   if (PyErr_Occurred()) return nullptr;
   t.exchange = exchange;
+  t.functions = torch.functions;
   torch = t;
   Py_RETURN_TRUE;
 }
 
 PyMethodDef connect_definition = {"connect", connect, METH_VARARGS,
                                   "Tells the direct calls where torch is; false if this torch has not what they need."};
+
+// (TorchFunctions): from now on torch's own C++ does what its Python functions did; (None): these again.
+PyObject* use_functions(PyObject* const* arguments) {
+  if (arguments[0] == Py_None) {
+    torch.functions = nullptr;
+    return Py_NewRef(Py_True);
+  }
+  if (!PyCapsule_IsValid(arguments[0], kTorchFunctions)) return nullptr;
+  torch.functions = static_cast<const TorchFunctions*>(PyCapsule_GetPointer(arguments[0], kTorchFunctions));
+  return Py_NewRef(Py_True);
+}
 
 // (number, torch.device, multiprocessors, compute capability): from now on calls on this device may be direct.
 PyObject* add_device(PyObject* const* arguments) {
@@ -123,6 +135,7 @@ void add_connect(PyObject* module) {
   add(module, "direct_is_ready", &is_ready, 0);
   add(module, "direct_view", &described, 1);
   add(module, "direct_device", &add_device, 5);
+  add(module, "direct_use_functions", &use_functions, 1);
 }
 
 }  // namespace fused::direct

@@ -2,6 +2,7 @@
 // What the direct calls know of torch: what the bind_direct_*.cpp files share, and no op sees.
 
 #include "bind_direct.h"
+#include "bind_torch_functions.h"
 
 namespace fused::direct {
 
@@ -32,7 +33,8 @@ struct Exchange {
 // Owned references to what torch and this package say about the state of the process; set once, by `connect`.
 struct Torch {
   const Exchange* exchange = nullptr;
-  PyObject *tensor, *parameter, *device;  // classes, and torch.device("cpu")
+  const TorchFunctions* functions = nullptr;  // nullptr: not compiled for this torch
+  PyObject *tensor, *parameter, *device;      // classes, and torch.device("cpu")
   PyObject *modes, *transforms, *tracing, *autocast, *grad_enabled;
   PyObject* autocast_lowers;        // of a tensor: whether autocast takes it in another dtype in products
   PyObject* forced;                 // a ContextVar

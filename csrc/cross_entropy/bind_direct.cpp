@@ -52,7 +52,7 @@ bool sizes(const View& logits, const View& targets, Args& args) {
   return true;
 }
 
-// (logits, targets, options, reduction, keep): as kernels/cross_entropy has them. Returns the loss; keep: (loss,
+// (logits, targets, options, reduction, Keep): as kernels/cross_entropy has them. Returns the loss; kept: (loss,
 // top, log_sum, counted) for the backward pass: (M,) each, and by what a mean was divided.
 PyObject* cross_entropy(PyObject* const* arguments) {
   View logits, targets;
@@ -71,9 +71,10 @@ PyObject* cross_entropy(PyObject* const* arguments) {
                                              : within<int32_t>(targets.data, args, counted)))
     return nullptr;
   if (!ready()) return nullptr;
-  if (differentiated) return Py_NewRef(Py_True);
+  const Keep asked = direct::keep(arguments[7]);
+  if (differentiated && asked != Keep::if_wanted) return Py_NewRef(Py_True);
 
-  const bool keep = arguments[7] == Py_True;
+  const bool keep = differentiated || asked == Keep::yes;
   const bool single = reduced && args.M == 1;  // which is its own sum
   Output losses = empty(arguments[0], targets.shape, single ? 0 : targets.ndim, Element::f32);
   args.losses = static_cast<float*>(losses.view.data);
@@ -89,7 +90,7 @@ PyObject* cross_entropy(PyObject* const* arguments) {
   if (!keep) return loss.tensor.release();
   const Ref count(PyLong_FromLongLong(counted));
   if (count.get() == nullptr) throw PythonError{};
-  return tuple({loss.tensor.get(), top.tensor.get(), log_sum.tensor.get(), count.get()});
+  return (differentiated ? list : tuple)({loss.tensor.get(), top.tensor.get(), log_sum.tensor.get(), count.get()});
 }
 
 // (dloss, logits, targets, top, log_sum, options, reduction, counted, into): what the forward pass kept; into: where

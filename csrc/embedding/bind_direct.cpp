@@ -26,7 +26,8 @@ bool is_tokens(const View& x) {
   return (x.element == Element::i32 || x.element == Element::i64) && x.ndim >= 1 && x.count() > 0 && x.contiguous();
 }
 
-// (tokens, table, layout or None, tables, scale, start, padding_idx, dropout_p, seed): as kernels/embedding has them.
+// (tokens, table, layout or None, tables, scale, start, padding_idx, dropout_p, seed, Keep): as kernels/embedding has
+// them; the result is all that is kept.
 PyObject* embedding(PyObject* const* arguments) {
   View tokens, table, rows;
   Dropout drop;
@@ -53,7 +54,7 @@ PyObject* embedding(PyObject* const* arguments) {
   const Ref held = placed ? positions(arguments[2], arguments[3], table, args.start + args.L, rows) : Ref(nullptr);
   if (placed ? held.get() == nullptr : args.start != 0) return nullptr;
   if (!ready()) return nullptr;
-  if (differentiated) return Py_NewRef(Py_True);
+  if (differentiated && (keep(arguments[9]) != Keep::if_wanted || drop.lacks_seed())) return Py_NewRef(Py_True);
   if (drop.lacks_seed()) return nullptr;
 
   std::vector<int64_t> shape(tokens.shape, tokens.shape + tokens.ndim);
@@ -67,7 +68,8 @@ PyObject* embedding(PyObject* const* arguments) {
   args.wide_tokens = tokens.element == Element::i64;
   args.dtype = table.dtype();
   run(table, args, &cpu::embedding_forward, FT_CUDA_KERNEL(embedding_forward));
-  return first_bad < 0 ? out.tensor.release() : nullptr;  // the long way says which token is outside the vocabulary
+  if (first_bad >= 0) return nullptr;  // the long way says which token is outside the vocabulary
+  return differentiated ? list({out.tensor.get()}) : out.tensor.release();
 }
 
 // (dout, tokens, vocabulary, scale, padding_idx, dropout_p, seed): tokens have been in the vocabulary in the forward
@@ -108,7 +110,7 @@ PyObject* backward(PyObject* const* arguments) {
 }  // namespace
 
 void add_embedding(PyObject* module) {
-  add(module, "embedding_direct", &embedding, 9);
+  add(module, "embedding_direct", &embedding, 10);
   add(module, "embedding_backward_direct", &backward, 7);
 }
 

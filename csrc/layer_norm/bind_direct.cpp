@@ -9,8 +9,8 @@ namespace {
 
 bool is_parameter(const View& p, const View& x) { return p.floating() && p.is_vector(x.last()); }
 
-// (x, residual, x_bias, weight, bias, seed, eps, dropout_p, rms, wants_total, keep): as kernels/layer_norm has them.
-// Returns y, or (y, total) where the total is wanted. keep: (y, total, mean, rstd) for the backward pass, None for a
+// (x, residual, x_bias, weight, bias, seed, eps, dropout_p, rms, wants_total, Keep): as kernels/layer_norm has them.
+// Returns y, or (y, total) where the total is wanted. Kept: (y, total, mean, rstd) for the backward pass, None for a
 // total that is x itself and for RMS norm's mean.
 PyObject* layer_norm(PyObject* const* arguments) {
   View x, residual, x_bias, weight, bias;
@@ -24,7 +24,7 @@ PyObject* layer_norm(PyObject* const* arguments) {
     return nullptr;
   if (!together({&x, &residual, &x_bias, &weight, &bias, &drop.seed})) return nullptr;
   if (!x.floating() || x.ndim < 1 || x.count() == 0 || !x.contiguous() || !(eps >= 0.0)) return nullptr;
-  const bool wants_total = arguments[9] == Py_True, keep = arguments[10] == Py_True;
+  const bool wants_total = arguments[9] == Py_True;
   if (wants_total && !residual.given()) return nullptr;
   if (residual.given() && (!residual.like(x) || !residual.contiguous())) return nullptr;
   Element parameters = Element::other;
@@ -38,9 +38,11 @@ PyObject* layer_norm(PyObject* const* arguments) {
   // on a GPU autocast takes 16-bit tensors as float32
   const bool wide = x.element == Element::f32 && parameters == Element::f32;
   if (!ready() || !(wide || x.on_cpu() || no_autocast())) return nullptr;
-  if (differentiated) return Py_NewRef(Py_True);
+  const Keep asked = direct::keep(arguments[10]);
+  if (differentiated && (asked != Keep::if_wanted || drop.lacks_seed())) return Py_NewRef(Py_True);
   if (drop.lacks_seed()) return nullptr;
 
+  const bool keep = differentiated || asked == Keep::yes;
   const bool rms = arguments[8] == Py_True;
   const bool is_sum = residual.given() || x_bias.given() || drop.p > 0.0;
   const Output y = empty_like(arguments[0], true);
@@ -57,7 +59,8 @@ PyObject* layer_norm(PyObject* const* arguments) {
   args.eps = float(eps), args.dropout_threshold = drop.threshold(), args.dropout_scale = drop.scale(), args.rms = rms;
   args.dtype = x.dtype(), args.param_dtype = static_cast<DType>(parameters);
   run(x, args, &cpu::layer_norm_forward, FT_CUDA_KERNEL(layer_norm_forward));
-  if (keep) return tuple({y.tensor.get(), total.tensor.get(), mean.tensor.get(), rstd.tensor.get()});
+  if (keep)
+    return (differentiated ? list : tuple)({y.tensor.get(), total.tensor.get(), mean.tensor.get(), rstd.tensor.get()});
   return wants_total ? tuple({y.tensor.get(), total.tensor.get()}) : Py_NewRef(y.tensor.get());
 }
 

@@ -16,11 +16,10 @@ from fused_transformer.kernels._dispatch import Op, undisturbed
 from fused_transformer.kernels._philox import new_seed, seed_for
 from fused_transformer.kernels.attention import compiled, together
 from fused_transformer.kernels.attention.checks import check_statistics, check_tensors
-from fused_transformer.kernels.attention.differentiated import Others, _Attention, direct_call, directly, to_save
+from fused_transformer.kernels.attention.differentiated import Others, _Attention, directly, to_save
 from fused_transformer.kernels.attention.mask import Causal, Mask, make_mask
 
 op = Op(__name__, order=("cuda", "triton", "cpu", "reference"))
-_direct_call = direct_call
 
 
 class _Weights(torch.autograd.Function):
@@ -102,9 +101,7 @@ def attention(
     """
     if not torch.compiler.is_compiling():
         arguments = (q, k, v, keep, bias, causal, window, k_lengths, q_offsets, k_offsets, scale, dropout_p, seed)
-        out = _direct_call(*arguments, False)
-        if out is True:
-            return directly(*arguments)[0]
+        out = directly(*arguments, False)
         if out is not None:
             return out
     return attention_with_lse(
@@ -151,9 +148,7 @@ def attention_with_lse(
     """
     masks = (keep, bias, causal, window, k_lengths, q_offsets, k_offsets)
     if not torch.compiler.is_compiling():
-        both = _direct_call(q, k, v, *masks, scale, dropout_p, seed, True)
-        if both is True:
-            return directly(q, k, v, *masks, scale, dropout_p, seed)
+        both = directly(q, k, v, *masks, scale, dropout_p, seed, True)
         if both is not None:
             return both
     if routed(q):

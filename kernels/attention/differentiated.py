@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fused_transformer.kernels import _direct
+from fused_transformer.kernels import _direct, _node
 from fused_transformer.kernels._autograd import applied_directly, once_differentiable
 from fused_transformer.kernels._checks import dense_last
 from fused_transformer.kernels._dispatch import OPS
@@ -45,7 +45,7 @@ class _Attention(torch.autograd.Function):
     def forward(ctx, q, k, v, keep, bias, seed, others: Others, mask: Mask | None, scale: float, dropout_p: float):
         both = backend = None
         if mask is None:
-            both = direct_call(q, k, v, keep, bias, *others, scale, dropout_p, seed, True)
+            both = direct_call(q, k, v, keep, bias, *others, scale, dropout_p, seed, True, True)
         if both is None:
             mask = _mask(q, k, keep, bias, others) if mask is None else mask
             arguments = (q, k, v, mask, scale, dropout_p, seed)
@@ -61,7 +61,7 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dout, _dlse):
+    def backward(ctx, dout, _dlse=None):
         q, k, v, keep, bias, seed, out, lse, *tensors = ctx.saved_tensors
         others = Others(*ctx.seen, *tensors)
         backend, mask, wants_dbias = ctx.backend, ctx.mask, ctx.needs_input_grad[4]
@@ -83,11 +83,45 @@ class _Attention(torch.autograd.Function):
 _apply_directly = applied_directly(_Attention)
 
 
-def directly(q, k, v, keep, bias, causal, window, k_lengths, q_offsets, k_offsets, scale, dropout_p, seed):
-    """(out, lse) of a call of which `direct_call` said that a gradient is wanted."""
-    others = Others(causal, window, k_lengths, q_offsets, k_offsets)
-    scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
-    return _apply_directly(q, k, v, keep, bias, seed_for(q, dropout_p, seed), others, None, scale, float(dropout_p))
+def _context(_saved: tuple, constants: tuple) -> dict:
+    causal, window, scale, dropout_p = constants
+    return {"backend": None, "mask": None, "seen": (causal, window), "scale": scale, "dropout_p": dropout_p}
+
+
+_INPUTS = (0, 1, 2, 4)  # q, k, v and bias
+_PLAN = _node.Plan(
+    "FusedAttentionBackward",
+    _Attention,
+    _context,
+    backward="attention_backward_direct",
+    sources="s0 s1 s2 s3 s4 c0 c1 s8 s9 s10 c2 c3 s5 g0 s6 s7",
+    inputs=_INPUTS,
+)
+_WITH_BIAS = _node.Plan("FusedAttentionBackward", _Attention, _context, backward=None, inputs=_INPUTS)
+
+
+def directly(q, k, v, keep, bias, causal, window, k_lengths, q_offsets, k_offsets, scale, dropout_p, seed, wants_lse):
+    """out of a direct call, or (out, lse); None where it is not for one."""
+    keeping = _node.KEEP
+    inputs = (q, k, v, keep, bias, causal, window, k_lengths, q_offsets, k_offsets, scale, dropout_p)
+    both = direct_call(*inputs, seed, wants_lse, keeping)
+    lacking = both is True  # the seed, if no node is made by Python
+    if lacking:
+        seed = seed_for(q, dropout_p, seed)
+        both = None if keeping is False else direct_call(*inputs, seed, wants_lse, keeping)
+    if not lacking and type(both) is not list:
+        return both
+    scale, dropout_p = 1.0 / math.sqrt(q.shape[-1]) if scale is None else float(scale), float(dropout_p)
+    if type(both) is list:
+        out, lse = both
+        # the masks too, so that changing one in place before backward is an error
+        saved = (q, k, v, to_save(keep), bias, seed, out, lse, *map(to_save, (k_lengths, q_offsets, k_offsets)))
+        plan = _PLAN if bias is None or not bias.requires_grad else _WITH_BIAS
+        plan.attach((out,), (q, k, v, bias), saved, (causal, window, scale, dropout_p))
+    else:
+        others = Others(causal, window, k_lengths, q_offsets, k_offsets)
+        out, lse = _apply_directly(q, k, v, keep, bias, seed, others, None, scale, dropout_p)
+    return (out, lse) if wants_lse else out
 
 
 def _mask(q: Tensor, k: Tensor, keep: Tensor | None, bias: Tensor | None, others: Others) -> Mask:

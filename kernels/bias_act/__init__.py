@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from fused_transformer.kernels import _direct
+from fused_transformer.kernels import _direct, _node
 from fused_transformer.kernels._autograd import applied_directly, once_differentiable
 from fused_transformer.kernels._checks import require_dropout
 from fused_transformer.kernels._compile import routed
@@ -32,7 +32,7 @@ class _BiasAct(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, bias, seed, activation, dropout_p):
         arguments = (x, bias, seed, activation, dropout_p)
-        backend, y = None, _direct_call(*arguments)
+        backend, y = None, _direct_call(*arguments, True)
         if y is None:
             backend = op.pick(*arguments)
             y = backend.forward(*arguments)
@@ -55,6 +55,21 @@ class _BiasAct(torch.autograd.Function):
 
 
 _apply_directly = applied_directly(_BiasAct)
+
+
+def _context(_saved: tuple, constants: tuple) -> dict:
+    activation, dropout_p, bias_dtype = constants
+    return {"backend": None, "activation": activation, "dropout_p": dropout_p, "bias_dtype": bias_dtype}
+
+
+_PLAN = _node.Plan(
+    "FusedBiasActBackward",
+    _BiasAct,
+    _context,
+    backward="bias_act_backward_direct",
+    sources="g0 s0 s1 s2 c0 c1 n",
+    inputs=(0, 1),
+)
 
 
 def bias_act(
@@ -94,9 +109,7 @@ def bias_act(
     Source: Vaswani et al. 2017, eq. 2; Hendrycks and Gimpel 2016, arXiv:1606.08415, eq. 1-2.
     """
     if not torch.compiler.is_compiling():
-        y = _direct_call(x, bias, seed, activation, dropout_p)
-        if y is True:
-            return _apply_directly(x, bias, seed_for(x, dropout_p, seed), activation, dropout_p)
+        y = _directly(x, bias, seed, activation, dropout_p)
         if y is not None:
             return y
     if routed(x):
@@ -109,6 +122,24 @@ def bias_act(
     if wants_backward or forward_ad._current_level >= 0:  # forward-mode AD: autograd must see the call to refuse it
         return _BiasAct.apply(*arguments)
     return op.pick(*arguments).forward(*arguments)
+
+
+def _directly(x, bias, seed, activation, dropout_p):
+    """The result of a direct call; None where it is not for one."""
+    keep = _node.KEEP
+    y = _direct_call(x, bias, seed, activation, dropout_p, keep)
+    lacking = y is True  # the seed, if no node is made by Python
+    if lacking:
+        seed = seed_for(x, dropout_p, seed)
+        y = None if keep is False else _direct_call(x, bias, seed, activation, dropout_p, keep)
+    if type(y) is list:
+        (y,) = y
+        saved = (y, None, None) if activation == "relu" else (x, bias, seed)
+        bias_dtype = None if bias is None else bias.dtype
+        _PLAN.attach((y,), (x, bias), saved, (activation, dropout_p, bias_dtype))
+    elif lacking:
+        y = _apply_directly(x, bias, seed, activation, dropout_p)
+    return y
 
 
 def has_kernel(x: Tensor, activation: str, dropout_p: float = 0.0) -> bool:

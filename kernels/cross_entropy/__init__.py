@@ -16,7 +16,6 @@ from fused_transformer.kernels.cross_entropy.differentiated import Options, redu
 __all__ = ["cross_entropy", "has_kernel", "op"]
 
 op = Op(__name__, order=("cuda", "triton", "cpu", "reference"))
-_direct_call = differentiated.direct_call
 
 
 def cross_entropy(
@@ -72,17 +71,12 @@ def cross_entropy(
     check_reduction(reduction)
     # on a GPU, and where a call is an operator of torch, the sum over rows is torch's own
     part = reduction if isinstance(logits, Tensor) and logits.is_cpu else "none"
+    options = Options(label_smoothing, smoothing, z_loss, ignore_index)
     loss = None
     if not torch.compiler.is_compiling():
-        loss = _direct_call(logits, targets, label_smoothing, smoothing, z_loss, ignore_index, part, False)
-        if loss is not None and loss is not True and part == reduction:
+        loss = differentiated.directly(logits, targets, options, part, inplace_backward)
+        if loss is not None and part == reduction:
             return loss
-    options = Options(label_smoothing, smoothing, z_loss, ignore_index)
-    if loss is True:  # a gradient is wanted
-        # of logits that no operation made the long way says why they can't be overwritten
-        refused = inplace_backward and logits.is_leaf
-        given = (logits, targets, options, part, inplace_backward, True)
-        loss = None if refused else differentiated.apply_directly(*given)
     if loss is None and routed(logits):
         part = "none"
         numbers = Options(float(label_smoothing), smoothing, float(z_loss), int(ignore_index))

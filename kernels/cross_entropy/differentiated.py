@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fused_transformer.kernels import _direct
+from fused_transformer.kernels import _direct, _node
 from fused_transformer.kernels._autograd import applied_directly, once_differentiable
 from fused_transformer.kernels._checks import dense_last
 from fused_transformer.kernels._dispatch import OPS
@@ -70,7 +70,36 @@ class _CrossEntropy(torch.autograd.Function):
 
 
 apply = _CrossEntropy.apply
-apply_directly = applied_directly(_CrossEntropy)
+_apply_directly = applied_directly(_CrossEntropy)
+
+
+def _context(_saved: tuple, constants: tuple) -> dict:
+    *options, reduction, counted, _into = constants
+    return {"backend": None, "options": Options(*options), "reduction": reduction, "counted": counted, "inplace": False}
+
+
+_PLAN = _node.Plan(
+    "FusedCrossEntropyBackward",
+    _CrossEntropy,
+    _context,
+    backward="cross_entropy_backward_direct",
+    sources="g0 s0 s1 s2 s3 c0 c1 c2 c3 c4 c5 c6",
+    inputs=(0,),
+)
+
+
+def directly(logits, targets, options: Options, reduction: str, inplace: bool) -> Tensor | None:
+    """The loss of a direct call; None where it is not for one."""
+    keep = False if inplace else _node.KEEP
+    loss = direct_call(logits, targets, *options, reduction, keep)
+    if type(loss) is list:
+        loss, top, log_sum, counted = loss
+        _PLAN.attach((loss,), (logits,), (logits, targets, top, log_sum), (*options, reduction, counted, None))
+    elif loss is True:  # a gradient is wanted
+        # of logits that no operation made the long way says why they can't be overwritten
+        refused = inplace and logits.is_leaf
+        loss = None if refused else _apply_directly(logits, targets, options, reduction, inplace, True)
+    return loss
 
 
 def losses(logits: Tensor, targets: Tensor, options: Options, reduction: str) -> tuple:

@@ -13,14 +13,12 @@ from fused_transformer.kernels._compile import routed
 from fused_transformer.kernels._dispatch import Op
 from fused_transformer.kernels._philox import seed_for
 from fused_transformer.kernels.embedding import compiled, differentiated
-from fused_transformer.kernels.embedding import positions as tables
 from fused_transformer.kernels.embedding.checks import check_tensors
 from fused_transformer.kernels.embedding.positions import Layout, make_positions, sinusoidal_positions
 
 __all__ = ["embedding", "op", "sinusoidal_positions"]
 
 op = Op(__name__, order=("cuda", "triton", "cpu", "reference"))
-_direct_call = differentiated.direct_call
 
 
 def embedding(
@@ -69,9 +67,7 @@ def embedding(
     Source: Vaswani et al. 2017, sections 3.4 and 3.5.
     """
     if position_ids is None and not torch.compiler.is_compiling():
-        out = _direct_call(tokens, table, positions, tables.TABLES, scale, start, padding_idx, dropout_p, seed)
-        if out is True:
-            return differentiated.directly(tokens, table, positions, scale, start, padding_idx, dropout_p, seed)
+        out = differentiated.directly(tokens, table, positions, scale, start, padding_idx, dropout_p, seed)
         if out is not None:
             return out
     if routed(table):

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from fused_transformer.kernels import _direct
+from fused_transformer.kernels import _direct, _node
 from fused_transformer.kernels._autograd import applied_directly, once_differentiable
 from fused_transformer.kernels._checks import dense_last
 from fused_transformer.kernels._dispatch import OPS
@@ -38,7 +38,7 @@ class _Embedding(torch.autograd.Function):
         out = backend = None
         if isinstance(place, Placed):
             layout, start = place
-            out = direct_call(tokens, table, layout, tables.TABLES, scale, start, padding_idx, dropout_p, seed)
+            out = direct_call(tokens, table, layout, tables.TABLES, scale, start, padding_idx, dropout_p, seed, True)
             if out is None:  # a token is outside the vocabulary, if nothing else
                 place = make_positions(tokens, layout, start, None)
         if out is None:
@@ -64,10 +64,35 @@ apply = _Embedding.apply
 _apply_directly = applied_directly(_Embedding)
 
 
+def _context(_saved: tuple, constants: tuple) -> dict:
+    return {"backend": None, "rest": constants}
+
+
+_PLAN = _node.Plan(
+    "FusedEmbeddingBackward",
+    _Embedding,
+    _context,
+    backward="embedding_backward_direct",
+    sources="g0 s0 c0 c1 c2 c3 s1",
+    inputs=(0,),
+)
+
+
 def directly(tokens, table, layout, scale, start, padding_idx, dropout_p, seed):
-    """out of a call of which `direct_call` said that a gradient is wanted."""
+    """out of a direct call; None where it is not for one."""
+    keep, place = _node.KEEP, (layout, tables.TABLES, scale, start, padding_idx, dropout_p)
+    out = direct_call(tokens, table, *place, seed, keep)
+    lacking = out is True  # the seed, if no node is made by Python
+    if lacking:
+        seed = seed_for(table, dropout_p, seed)
+        out = None if keep is False else direct_call(tokens, table, *place, seed, keep)
+    if not lacking and type(out) is not list:
+        return out
     scale = math.sqrt(table.shape[1]) if scale is None else float(scale)
     if padding_idx is not None and padding_idx < 0:
         padding_idx += len(table)
-    seed = seed_for(table, dropout_p, seed)
-    return _apply_directly(table, tokens, seed, Placed(layout, start), scale, padding_idx, float(dropout_p))
+    if type(out) is not list:
+        return _apply_directly(table, tokens, seed, Placed(layout, start), scale, padding_idx, float(dropout_p))
+    (out,) = out
+    _PLAN.attach((out,), (table,), (tokens, seed), (len(table), scale, padding_idx, float(dropout_p)))
+    return out

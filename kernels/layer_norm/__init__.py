@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from fused_transformer.kernels import _direct
+from fused_transformer.kernels import _direct, _node
 from fused_transformer.kernels._autocast import widened
 from fused_transformer.kernels._autograd import applied_directly, once_differentiable
 from fused_transformer.kernels._checks import require_dropout
@@ -62,6 +62,22 @@ class _LayerNorm(torch.autograd.Function):
 
 
 _apply_directly = applied_directly(_LayerNorm)
+
+
+def _context(saved: tuple, constants: tuple) -> dict:
+    dropout_p, rms, wide = constants
+    dtype = torch.float32 if wide else saved[0].dtype
+    return {"backend": None, "dropout_p": dropout_p, "rms": rms, "param_dtypes": [dtype] * 3}
+
+
+_PLAN = _node.Plan(
+    "FusedLayerNormBackward",
+    _LayerNorm,
+    _context,
+    backward="layer_norm_backward_direct",
+    sources="g0 g1 s0 s1 s2 s3 s4 c0 c1 c2 n",
+    inputs=(0, 1, 2, 3, 4),
+)
 
 
 def layer_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, *, eps: float = 1e-5) -> Tensor:
@@ -229,9 +245,20 @@ def _run(x, residual, x_bias, weight, bias, seed, eps, dropout_p, *, rms: bool, 
 
 def _directly(x, residual, x_bias, weight, bias, seed, eps, dropout_p, rms, wants_total):
     """The result of a direct call; None where it is not for one."""
-    result = _direct_call(x, residual, x_bias, weight, bias, seed, eps, dropout_p, rms, wants_total, False)
-    if result is not True:
+    keep, tensors, rest = _node.KEEP, (x, residual, x_bias, weight, bias), (eps, dropout_p, rms, wants_total)
+    result = _direct_call(*tensors, seed, *rest, keep)
+    lacking = result is True  # the seed, if no node is made by Python
+    if lacking:
+        seed = seed_for(x, dropout_p, seed)
+        result = None if keep is False else _direct_call(*tensors, seed, *rest, keep)
+    if type(result) is list:
+        y, total, mean, rstd = result
+        parameter = weight if weight is not None else bias if bias is not None else x_bias  # all have one dtype
+        wide = parameter is not None and parameter.dtype is torch.float32
+        saved = (x if total is None else total, weight, mean, rstd, seed)
+        _PLAN.attach((y, total), tensors, saved, (dropout_p, rms, wide))
+    elif lacking:
+        y, total = _apply_directly(*tensors, seed, (*rest, True))
+    else:
         return result
-    options = (eps, dropout_p, rms, wants_total, True)
-    y, total = _apply_directly(x, residual, x_bias, weight, bias, seed_for(x, dropout_p, seed), options)
     return (y, total) if wants_total else y

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from fused_transformer import kernels
-from fused_transformer.kernels import _direct, use_backend
+from fused_transformer.kernels import _direct, _node, use_backend
 from fused_transformer.kernels._dispatch import Op, observe
 from fused_transformer.kernels.attention import self_attention
 from tests.inputs import normal
@@ -34,7 +34,10 @@ from tests.kernels.test_direct_gradients import (
 )
 from tests.kernels.two_ways import assert_same, forbid_the_long_way, tensors_of
 
-pytestmark = pytest.mark.skipif(_direct.WHY_NONE is not None, reason=f"no direct calls: {_direct.WHY_NONE}")
+pytestmark = [
+    pytest.mark.skipif(_direct.WHY_NONE is not None, reason=f"no direct calls: {_direct.WHY_NONE}"),
+    pytest.mark.usefixtures("recorded"),
+]
 
 
 @pytest.mark.parametrize("name", CALLS)
@@ -144,6 +147,7 @@ def test_a_call_that_is_looked_at_halfway_goes_the_long_way(name, direction, mon
         refused.append(args)
         return None
 
+    monkeypatch.setattr(_node, "KEEP", False)  # a node is not in its hands: see test_node.py
     monkeypatch.setattr(home, attribute, refusing)
     got = function(**arguments)
     got_gradients = gradients(got, arguments, names)

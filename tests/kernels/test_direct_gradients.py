@@ -88,7 +88,7 @@ def gradients(result, arguments: dict, names, seed: int = 1) -> tuple[Tensor | N
 
 
 @pytest.fixture
-def both_ways(indirect, monkeypatch):
+def both_ways(indirect, monkeypatch, recorded):
     """Runs function(**arguments) and its gradients, by the long way and directly."""
 
     def run(function, arguments: dict, names):
@@ -168,7 +168,7 @@ def test_optional_arguments(left_out, both_ways):
 
 
 @pytest.mark.parametrize("name", CALLS)
-def test_upstream_gradients_of_any_layout(name, indirect):
+def test_upstream_gradients_of_any_layout(name, indirect, recorded):
     function, make = CALLS[name]
     torch.manual_seed(0)
     arguments = make()
@@ -186,7 +186,7 @@ def test_upstream_gradients_of_any_layout(name, indirect):
             assert_same(got, torch.autograd.grad(outputs, inputs, dense, retain_graph=True))
 
 
-def test_only_one_of_two_results_has_a_gradient(indirect):
+def test_only_one_of_two_results_has_a_gradient(indirect, recorded):
     torch.manual_seed(0)
     arguments = leaves(test_direct.added_norm(), INPUTS)
     names = [key for key in arguments if key in INPUTS]
@@ -201,7 +201,7 @@ def test_only_one_of_two_results_has_a_gradient(indirect):
 
 
 @pytest.mark.parametrize("name", CALLS)
-def test_a_seed_is_drawn_where_none_is_given(name):
+def test_a_seed_is_drawn_where_none_is_given(name, recorded):
     function, make = CALLS[name]
     torch.manual_seed(0)
     arguments = {key: x for key, x in make().items() if key != "seed"}
