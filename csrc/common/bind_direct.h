@@ -74,7 +74,7 @@ bool together(std::initializer_list<const View*> views);
 // What is asked of a call beside its results: nothing; what the backward pass will ask for; or the latter if a gradient
 // is wanted, and then in a list.
 enum class Keep { no, yes, if_wanted };
-Keep keep(PyObject* argument);  // False, True, None
+Keep keep(PyObject* argument);  // False, True, None; under a profiler None is False
 
 // A number that Python holds as int or float.
 bool number(PyObject* object, double& out);

@@ -165,7 +165,10 @@ bool together(std::initializer_list<const View*> views) {
 }
 
 Keep keep(PyObject* argument) {
-  return argument == Py_True ? Keep::yes : argument == Py_None ? Keep::if_wanted : Keep::no;
+  if (argument == Py_True) return Keep::yes;
+  // a profile should name the op, as the autograd.Function does
+  if (argument == Py_None && !(torch.functions != nullptr && torch.functions->is_profiled())) return Keep::if_wanted;
+  return Keep::no;
 }
 
 bool number(PyObject* object, double& out) {

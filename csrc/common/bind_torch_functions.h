@@ -15,6 +15,7 @@ constexpr const char* kTorchFunctions = "fused_transformer.torch_functions";
 struct TorchFunctions {
   enum class Type { same, f32, i64 };  // same: the dtype of `like`
 
+  bool (*is_profiled)();
   bool (*wants_gradient)(PyObject* tensor);               // requires_grad where gradients are recorded
   PyObject* (*empty_like)(PyObject* x, bool contiguous);  // else with the strides of torch.empty_like
   PyObject* (*empty)(PyObject* like, const int64_t* shape, int ndim, Type type);

@@ -4,6 +4,7 @@
 
 #include "../common/extensions.h"
 #include "parts.h"
+#include "sparse_rows.h"
 
 namespace fused::cpu {
 namespace {
@@ -46,6 +47,7 @@ void linear(const Linear& args) {
   FT_REQUIRE(1 <= args.levels && args.levels <= kLevels, "levels must be 1 ... 127, got " << args.levels);
   const Multiplier how = chosen(args);
   if (form == WeightForm::f32) {
+    if (linear_of_sparse_rows(args)) return;
     FT_DISPATCH_ISA(linear_float32, args);
   }
 #if defined(FT_WITH_TILES)

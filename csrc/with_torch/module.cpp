@@ -4,6 +4,7 @@
 
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
+#include <ATen/record_function.h>
 
 #include "../common/bind_torch_functions.h"
 #include "node.h"
@@ -12,6 +13,8 @@ namespace {
 
 using namespace fused::with_torch;
 using fused::TorchFunctions;
+
+bool is_profiled() { return at::hasCallbacks(); }
 
 bool wants_gradient(PyObject* tensor) {
   return at::GradMode::is_enabled() && THPVariable_Unpack(tensor).requires_grad();
@@ -47,7 +50,7 @@ PyObject* empty(PyObject* like, const int64_t* shape, int ndim, TorchFunctions::
   });
 }
 
-constexpr TorchFunctions functions{wants_gradient, empty_like, empty};
+constexpr TorchFunctions functions{is_profiled, wants_gradient, empty_like, empty};
 
 constexpr const char* kPlan = "fused_transformer.plan";
 

@@ -153,6 +153,38 @@ def test_zeros_that_are_left_out_change_no_bit(k, share, rows):
         assert_equal(linear(x[:rows], layer, activation=activation), linear(x, layer, activation=activation)[:rows])
 
 
+@pytest.mark.parametrize("columns", [64, 131])
+@pytest.mark.parametrize("rows", [31, 32, 97, 400])
+@pytest.mark.parametrize("k", [127, 128, 130, 300, 2048, 2500])
+def test_zeros_of_each_rows_own_change_no_bit(k, rows, columns):
+    """Of rows whose zeros lie here and there; a row alone leaves out nothing, or its own."""
+    layer = PackedLinear(normal(columns, k, std=k**-0.5), normal(columns))
+    residual = normal(rows, columns)
+    for share in (0.0, 0.1, 0.3, 1.0):
+        x = torch.where(torch.rand(rows, k) < share, normal(rows, k), 0.0)
+        x[rows // 3] = normal(k)
+        x[-1, k // 2] = -0.0
+        for activation in ("none", "gelu"):
+            y = linear(x, layer, activation=activation, residual=residual)
+            for m in (0, rows // 3, rows - 1):
+                alone = linear(x[m : m + 1], layer, activation=activation, residual=residual[m : m + 1])
+                assert_equal(y[m : m + 1], alone)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_rows_of_zeros_and_of_what_is_not_finite(count):
+    x = torch.where(torch.rand(500, 300) < 0.2, normal(500, 300), 0.0)
+    x[7, 3], x[450, 299], x[499] = float("nan"), float("inf"), 0.0
+    weight, bias = normal(100, 300), normal(100)
+    with threads(count):
+        y = linear(x, PackedLinear(weight, bias))
+    assert_equal(y.isfinite().all(1).nonzero()[:, 0], torch.tensor([m for m in range(500) if m not in (7, 450)]))
+    assert_equal(y[499], bias)
+    torch.testing.assert_close(y[:7], F.linear(x[:7], weight, bias), rtol=1e-4, atol=1e-4)
+    weight[5, 6] = float("inf")
+    assert linear(x, PackedLinear(weight))[:, 5].isnan().sum() > 300  # 0 times infinity
+
+
 def test_zeros_times_what_is_not_finite_are_not_left_out():
     x, weight = torch.zeros(2, 300), torch.randn(64, 300)
     weight[7, 200] = float("inf")

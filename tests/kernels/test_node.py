@@ -121,6 +121,15 @@ def test_an_error_of_pythons_way_is_the_callers(monkeypatch):
         y.sum().backward()
 
 
+def test_a_profile_names_the_op():
+    x = normal(3, 8).requires_grad_()
+    with torch.profiler.profile() as profiled:
+        y = kernels.layer_norm(x)
+        y.sum().backward()
+    assert {"_LayerNorm", "_LayerNormBackward"} <= {event.key for event in profiled.key_averages()}
+    assert is_node(kernels.layer_norm(x))
+
+
 def test_a_long_graph_is_freed():
     """Node by node, and not by a recursion that would end the process."""
     x = normal(1, 4).requires_grad_()
