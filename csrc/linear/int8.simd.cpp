@@ -92,14 +92,15 @@ static_assert(2 * FewLevels::kMore == 128, "what offset() is of");
 void linear_int8(const Linear& args) {
 #if defined(__AVX2__) && !defined(__AVX512F__)
   if (args.levels <= kFewLevels) {
-    round_rows_to_unsigned(args, FewLevels::kMore);
+    if (!args.rounded) round_rows_to_unsigned(args, FewLevels::kMore);
     return multiply_packed<FewLevels>(args);
   }
 #endif
-  round_rows_to_levels<int16_t>(args, [](int16_t* out, IVec level) {
-    constexpr int kPlace[4] = {0, 2, 1, 3};  // each pair beside what it is multiplied with
-    for (int i = 0; i < kWidth; ++i) out[i / 4 * 4 + kPlace[i % 4]] = int16_t(level[i]);
-  });
+  if (!args.rounded)
+    round_rows_to_levels<int16_t>(args, [](int16_t* out, IVec level) {
+      constexpr int kPlace[4] = {0, 2, 1, 3};  // each pair beside what it is multiplied with
+      for (int i = 0; i < kWidth; ++i) out[i / 4 * 4 + kPlace[i % 4]] = int16_t(level[i]);
+    });
   multiply_packed<Int8>(args);
 }
 

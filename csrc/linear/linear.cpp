@@ -45,6 +45,7 @@ void linear(const Linear& args) {
   FT_REQUIRE(args.scratch != nullptr || linear_scratch(*args.weight, args.M) == 0, "working memory is missing");
   FT_REQUIRE(has_multiplier(form, args.multiplier), "this processor does not have the multiplier asked for");
   FT_REQUIRE(1 <= args.levels && args.levels <= kLevels, "levels must be 1 ... 127, got " << args.levels);
+  FT_REQUIRE(!args.rounded || form == WeightForm::int8, "x is rounded beforehand for int8 weights alone");
   const Multiplier how = chosen(args);
   if (form == WeightForm::f32) {
     if (linear_of_sparse_rows(args)) return;

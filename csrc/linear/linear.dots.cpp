@@ -97,7 +97,7 @@ void linear_bfloat16_dots(const Linear& args) {
 }
 
 void linear_int8_dots(const Linear& args) {
-  FT_ISA::round_rows_to_unsigned(args);
+  if (!args.rounded) FT_ISA::round_rows_to_unsigned(args);
   FT_ISA::multiply<FT_ISA::Int8>(args);
 }
 

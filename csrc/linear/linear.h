@@ -86,6 +86,8 @@ struct Linear {
   Multiplier multiplier = Multiplier::best;
   int levels = kLevels;     // int8: of x's magnitudes, 1 ... kLevels
   void* scratch = nullptr;  // linear_scratch() bytes, aligned to 64
+  // int8: x is in scratch already, from a call that differs in nothing but which columns of a weight it was for.
+  bool rounded = false;
 };
 
 bool has_multiplier(WeightForm form, Multiplier multiplier);

@@ -13,7 +13,7 @@ namespace fused::cpu {
 namespace {
 
 // Most panels of Q that are one task: 256 KB at K = 512, and 128 KB of results of 64 rows, which don't leave the
-// second-level cache. Each task rounds x for itself.
+// second-level cache.
 constexpr int64_t kPanelsTogether = 8;
 
 // A block of columns that may hold the largest result of row m; and then that result and its column.
@@ -128,7 +128,7 @@ int64_t linear_argmax(const LinearArgmax& args) {
   if (args.levels == 0 && M > screen.most_screened()) return argmax_of_all(args, together);
   using Room = Scratch<LinearArgmax>;
   Room room(Room::room(levels * M * K * 4) + Room::room(2 * M * 4) + Room::room(M * blocks * 4) +
-            Room::room(M * groups * 4));
+            Room::room(M * groups * 4) + Room::room(linear_scratch(screen.rounded, levels * M)));
   Screening s{};
   s.screen = &screen, s.M = M, s.levels = levels, s.x = args.x, s.x_stride = args.x_stride;
   s.steps = levels == 1 && isa() == Isa::avx2 ? kFewLevels : kLevels;
@@ -138,19 +138,23 @@ int64_t linear_argmax(const LinearArgmax& args) {
   float* const lowest = room.take<float>(M * groups);
 
   [&] { FT_DISPATCH_ISA(split_rows, s) }();
+  const PackedWeight none = columns_of(screen.rounded, 0, 0);
+  Linear rough;
+  rough.weight = &none;
+  rough.M = levels * M, rough.x = s.rows, rough.x_stride = K;
+  rough.levels = s.steps;
+  rough.scratch = room.take<char>(linear_scratch(screen.rounded, levels * M));
+  linear(rough);  // x is rounded once, and then multiplied by each group
+  rough.rounded = true;
   parallel_tasks(groups, levels * M * screen.weight.N * K / 4, [&](int64_t group) {
     const PackedWeight some = columns_of(screen.rounded, group * together, together);
     using Room = Scratch<Screening>;
-    const int64_t scratch = linear_scratch(some, levels * M);
-    Room room(Room::room(levels * M * together * 4) + Room::room(scratch));
+    Room room(Room::room(levels * M * together * 4));
     float* const results = room.take<float>(levels * M * together);
-    Linear rough;
-    rough.weight = &some;
-    rough.M = levels * M, rough.x = s.rows, rough.x_stride = K;
-    rough.y = results, rough.y_stride = together;
-    rough.levels = s.steps;
-    rough.scratch = room.take<char>(scratch);
-    linear(rough);
+    Linear product = rough;
+    product.weight = &some;
+    product.y = results, product.y_stride = together;
+    linear(product);
     const Bounding bounding{&s, group * together, some.N, results, together, lowest + group * M};
     FT_DISPATCH_ISA(bound_columns, bounding)
   });
