@@ -18,6 +18,7 @@
 #include <mutex>
 #include <string>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 namespace fused::with_torch {
@@ -28,11 +29,18 @@ using torch::autograd::SavedVariable;
 using torch::autograd::variable_list;
 using NodePointer = std::decay_t<decltype(std::declval<Node&>().getptr())>;  // torch 2.13 has one of its own
 
+// What Python has raised, taken along to the thread that called backward().
+[[noreturn]] inline void throw_python_error() {
+  python_error error;
+  error.persist();
+  throw std::move(error);
+}
+
 // An owned reference, to be used with the interpreter's lock.
 class Object {
  public:
   explicit Object(PyObject* object) : object_(object) {
-    if (object == nullptr) throw python_error();
+    if (object == nullptr) throw_python_error();
   }
   Object(const Object&) = delete;
   Object& operator=(const Object&) = delete;
@@ -126,6 +134,10 @@ class KernelNode : public Node {
 
  protected:
   variable_list apply(variable_list&& gradients) override {
+    // as of torch's own nodes: where no gradient comes, none goes on
+    bool any = false;
+    for (const Tensor& gradient : gradients) any |= gradient.defined();
+    if (!any) return variable_list(num_outputs());
     const variable_list saved = unpacked();
     return run(gradients, saved, needed(), at::GradMode::is_enabled());
   }
@@ -190,7 +202,7 @@ inline void KernelNode::compiled_args(torch::dynamo::autograd::CompiledNodeArgs&
   const Locked locked;
   const Object text(PyObject_Repr(constants_));
   const char* const constants = PyUnicode_AsUTF8(text.get());
-  if (constants == nullptr) throw python_error();
+  if (constants == nullptr) throw_python_error();
   args.collect(plan_->name + constants);
   args.collect(saved_, true);
 }

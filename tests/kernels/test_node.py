@@ -121,6 +121,48 @@ def test_an_error_of_pythons_way_is_the_callers(monkeypatch):
         y.sum().backward()
 
 
+class NoGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(_ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(_ctx, _gradient):
+        return None
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_where_no_gradient_comes_none_goes_on(name):
+    function, arguments, names = prepared(name)
+    for result in tensors_of(function(**arguments)):
+        if result.requires_grad:
+            found = torch.autograd.grad(
+                NoGradient.apply(result).sum(), [arguments[key] for key in names], allow_unused=True
+            )
+            assert all(gradient is None for gradient in found)
+
+
+def test_an_error_of_another_threads_backward_pass_is_the_callers():
+    """As on a GPU, where torch's own threads run the nodes."""
+    x = normal(3, 8).requires_grad_()
+    found: list = []
+
+    def work():
+        y = kernels.layer_norm(x)
+        try:
+            with FlopCounterMode(display=False):
+                y.backward(torch.ones_like(y), retain_graph=True)
+                y.register_hook(lambda _: {}["a word"])
+                y.backward(torch.ones_like(y))
+        except KeyError as error:
+            found.append(error)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert len(found) == 1 and "a word" in str(found[0])
+
+
 def test_a_profile_names_the_op():
     x = normal(3, 8).requires_grad_()
     with torch.profiler.profile() as profiled:
