@@ -131,6 +131,10 @@ def version_of(compiler: list[str]) -> str:
 class BuildNative(build_ext):
     """build_ext that makes csrc/ into the one extension of this package."""
 
+    def finalize_options(self) -> None:
+        super().finalize_options()
+        self.parallel = None  # the second extension is compiled beside the first
+
     def build_extension(self, ext) -> None:
         if ext.name.endswith("._torch"):
             self._link_with_torch(ext)
@@ -256,8 +260,11 @@ class BuildNative(build_ext):
             self._prune([job])
         except (CompileError, LinkError) as error:
             output.unlink(missing_ok=True)  # of an earlier build
-            if with_torch.wanted() == "1":
-                raise
+            if self.inplace or self.editable_mode:
+                for old in (ROOT / "kernels").glob("_torch.*.so"):
+                    old.unlink()
+            if with_torch.wanted() == "1":  # setuptools lets an optional extension's own errors pass
+                raise SystemExit(f"FUSED_TRANSFORMER_NODES=1, but {error}") from None
             print(f"fused-transformer: NO AUTOGRAD NODES: {error}; small calls with gradients go through Python")
             return
         print(f"linked {output.name} with torch {self.torch.version}, {output.stat().st_size / 1e6:.2f} MB", flush=True)

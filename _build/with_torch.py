@@ -46,7 +46,10 @@ def find_torch() -> Torch | str:
     root = Path(origin).parent
     if not (root / "include" / "torch" / "csrc" / "autograd" / "function.h").is_file():
         return "this torch has no headers"
-    return Torch(root, runpy.run_path(str(root / "version.py"))["__version__"])
+    try:
+        return Torch(root, runpy.run_path(str(root / "version.py"))["__version__"])
+    except (OSError, KeyError) as error:
+        return f"this torch does not tell its version ({error!r})"
 
 
 def _around() -> str | None:

@@ -104,14 +104,24 @@ struct Plan {
   std::vector<Source> sources;
 };
 
-class KernelNode : public Node {
- public:
-  KernelNode(const Plan* plan, PyObject* constants) : plan_(plan), constants_(Py_NewRef(constants)) {}
-  ~KernelNode() override {
+// A tuple, owned by whoever computes gradients with it: a node, and a graph of compiled autograd, which must not keep
+// the node itself and with it all that lies behind.
+struct Constants {
+  PyObject* tuple;
+  explicit Constants(PyObject* given) : tuple(Py_NewRef(given)) {}
+  Constants(const Constants&) = delete;
+  Constants& operator=(const Constants&) = delete;
+  ~Constants() {
     if (!Py_IsInitialized()) return;
     const Locked locked;
-    Py_DECREF(constants_);
+    Py_DECREF(tuple);
   }
+};
+
+class KernelNode : public Node {
+ public:
+  KernelNode(const Plan* plan, PyObject* constants)
+      : plan_(plan), constants_(std::make_shared<const Constants>(constants)) {}
 
   void save(PyObject* saved, const variable_list& outputs) {
     for (const Tensor& x : unwrapped(saved)) {
@@ -134,22 +144,29 @@ class KernelNode : public Node {
 
  protected:
   variable_list apply(variable_list&& gradients) override {
-    // as of torch's own nodes: where no gradient comes, none goes on
-    bool any = false;
-    for (const Tensor& gradient : gradients) any |= gradient.defined();
-    if (!any) return variable_list(num_outputs());
+    if (are_none(gradients)) return variable_list(num_outputs());
+    bool hooked = false;
+    for (const SavedVariable& x : saved_) hooked |= x.has_hooks();
+    std::unique_lock<std::mutex> alone(mutex_, std::defer_lock);
+    if (!hooked) alone.lock();  // a hook is Python, which may come here again, or wait for a thread that does
     const variable_list saved = unpacked();
-    return run(gradients, saved, needed(), at::GradMode::is_enabled());
+    if (!hooked) alone.unlock();
+    return run(*plan_, constants_->tuple, gradients, saved, needed(), at::GradMode::is_enabled());
   }
 
  private:
   const Plan* plan_;
-  PyObject* constants_;  // a tuple
+  std::shared_ptr<const Constants> constants_;
   std::vector<SavedVariable> saved_;
 
-  // Without the interpreter's lock, which hooks of saved tensors may take, and a thread that holds it never waits here.
+  // As of torch's own nodes: where no gradient comes, none goes on.
+  static bool are_none(const variable_list& gradients) {
+    bool any = false;
+    for (const Tensor& gradient : gradients) any |= gradient.defined();
+    return !any;
+  }
+
   variable_list unpacked() {
-    const std::lock_guard<std::mutex> alone(mutex_);
     variable_list tensors;
     tensors.reserve(saved_.size());
     for (SavedVariable& x : saved_) tensors.push_back(x.unpack(getptr()));
@@ -162,25 +179,26 @@ class KernelNode : public Node {
     return wanted;
   }
 
-  variable_list run(const variable_list& gradients, const variable_list& saved, const std::vector<bool>& wanted,
-                    bool twice) const {
+  static variable_list run(const Plan& plan, PyObject* constants, const variable_list& gradients,
+                           const variable_list& saved, const std::vector<bool>& wanted, bool twice) {
+    if (are_none(gradients)) return variable_list(wanted.size());
     const Locked locked;
     const Object given(wrapped(gradients)), kept(wrapped(saved)), needed(PyTuple_New(Py_ssize_t(wanted.size())));
     for (size_t i = 0; i < wanted.size(); ++i)
       PyTuple_SET_ITEM(needed.get(), Py_ssize_t(i), Py_NewRef(wanted[i] ? Py_True : Py_False));
-    if (!twice && plan_->direct != Py_None) {
+    if (!twice && plan.direct != Py_None) {
       std::vector<PyObject*> arguments;
-      arguments.reserve(plan_->sources.size());
-      for (const Source& source : plan_->sources) {
-        PyObject* const tuple = source.from == 'g' ? given.get() : source.from == 's' ? kept.get() : constants_;
+      arguments.reserve(plan.sources.size());
+      for (const Source& source : plan.sources) {
+        PyObject* const tuple = source.from == 'g' ? given.get() : source.from == 's' ? kept.get() : constants;
         arguments.push_back(source.from == 'n' ? needed.get() : PyTuple_GET_ITEM(tuple, source.number));
       }
-      const Object results(PyObject_Vectorcall(plan_->direct, arguments.data(), arguments.size(), nullptr));
+      const Object results(PyObject_Vectorcall(plan.direct, arguments.data(), arguments.size(), nullptr));
       if (results.get() != Py_None) return outputs(results.get(), wanted.size());
     }
-    std::vector<PyObject*> arguments{kept.get(), needed.get(), constants_};
+    std::vector<PyObject*> arguments{kept.get(), needed.get(), constants};
     for (size_t i = 0; i < gradients.size(); ++i) arguments.push_back(PyTuple_GET_ITEM(given.get(), Py_ssize_t(i)));
-    const Object results(PyObject_Vectorcall(plan_->otherwise, arguments.data(), arguments.size(), nullptr));
+    const Object results(PyObject_Vectorcall(plan.otherwise, arguments.data(), arguments.size(), nullptr));
     return outputs(results.get(), wanted.size());
   }
 
@@ -200,7 +218,7 @@ class KernelNode : public Node {
 // depends on, beside tensors, is the plan, the constants and which gradients are needed.
 inline void KernelNode::compiled_args(torch::dynamo::autograd::CompiledNodeArgs& args) const {
   const Locked locked;
-  const Object text(PyObject_Repr(constants_));
+  const Object text(PyObject_Repr(constants_->tuple));
   const char* const constants = PyUnicode_AsUTF8(text.get());
   if (constants == nullptr) throw_python_error();
   args.collect(plan_->name + constants);
@@ -214,12 +232,11 @@ inline variable_list KernelNode::apply_with_saved(const variable_list& inputs,
   std::vector<c10::IValue> arguments;
   std::vector<at::TypePtr> types;
   for (const Tensor& x : unpacked()) arguments.emplace_back(x), types.push_back(at::TensorType::get());
-  const auto self = getptr();  // whose constants are those of every node for which the graph is used
-  const auto call = [self, this, wanted = needed()](const variable_list& gradients,
-                                                    const std::vector<c10::IValue>& packed) {
+  const auto call = [plan = plan_, constants = constants_, wanted = needed()](const variable_list& gradients,
+                                                                              const std::vector<c10::IValue>& packed) {
     variable_list saved;
     for (const c10::IValue& x : packed) saved.push_back(x.toTensor());
-    return run(gradients, saved, wanted, at::GradMode::is_enabled());
+    return run(*plan, constants->tuple, gradients, saved, wanted, at::GradMode::is_enabled());
   };
   const auto& compiler = torch::dynamo::autograd::getPyCompilerInterface();
   const std::string name =
