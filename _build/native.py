@@ -129,7 +129,7 @@ def version_of(compiler: list[str]) -> str:
 
 
 class BuildNative(build_ext):
-    """build_ext that makes csrc/ into the one extension of this package."""
+    """build_ext that makes csrc/ into the two extensions of this package."""
 
     def finalize_options(self) -> None:
         super().finalize_options()
